@@ -1,0 +1,183 @@
+"""Supervised fine-tuning of Gemma 4, with or without adapters: the stages in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gemtune import adapters, patches
+from gemtune.checkpoint import TrainState, export_model, restore, save
+from gemtune.config import RunConfig
+from gemtune.console import Screen
+from gemtune.data import Batch, BatchStream, ChatDataset, prepare
+from gemtune.evaluation import exact_match, generate_answers
+from gemtune.loop import Session, evaluate, train
+from gemtune.memory import PeakTracker
+from gemtune.models import GemmaBundle, base_model, load
+from gemtune.pages import closing_page, first_loss_lines, start_page
+from gemtune.reporting import Reporter
+from gemtune.run_folder import open_folder, resume_point
+from gemtune.runtime import Runtime, start
+from gemtune.tracking import new_run_id
+
+EXIT_DONE, EXIT_INTERRUPTED = 0, 130
+
+
+@dataclass
+class Stages:
+    """What is built before the processes meet."""
+
+    bundle: GemmaBundle
+    report: patches.PatchReport
+    model: nn.Module
+    train_rows: ChatDataset
+    eval_rows: ChatDataset
+    optimizer: torch.optim.Optimizer
+    num_steps: int
+
+
+def run(config: RunConfig) -> int:
+    """Train to the end, or until Ctrl-C; returns the exit status."""
+    point = resume_point(config)  # before anything slow: the folder may be another run's
+    runtime = start(config.run, config.parallel)
+    config.loop.check_world_size(runtime.world_size)
+    screen = Screen(runtime.is_main)
+    runtime.stop.install(screen.say)
+
+    stages = build(config, screen)
+    session, reporter = open_session(config, runtime, stages, point, screen)
+    screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
+    screen.lines(f"left out: {row}" for row in stages.train_rows.rejected)
+    if point is not None:
+        screen.say(f"going on after step {session.state.step}, from {point}")
+    else:
+        first = evaluate(session)
+        session.state.first_eval_loss = first.get("eval/loss")
+        reporter.evaluation(first)
+        screen.lines(first_loss_lines(config, session.state.first_eval_loss))
+
+    with screen.training(session.state.step, session.num_steps):
+        finished = train(
+            session,
+            batch_stream(config, runtime, stages.train_rows),
+            config.loop,
+            config.checkpoint.every_steps,
+        )
+    if finished:
+        conclude(config, stages, session, reporter, screen)
+    else:
+        screen.say(
+            f"Stopped after step {session.state.step} of {session.num_steps}; everything is saved "
+            f"in {runtime.run_dir}. To go on, run the same command again."
+        )
+    reporter.finish()
+    return EXIT_DONE if finished else EXIT_INTERRUPTED
+
+
+def build(config: RunConfig, screen: Screen) -> Stages:
+    """Model -> patches -> adapter -> data -> optimizer."""
+    bundle = load(config.model, config.run.seed)
+    report = patches.apply(bundle.model, config.patches)
+    model = adapters.attach(bundle.model, config.adapter)
+    train_rows, eval_rows = prepare(
+        config.data, bundle.tokenizer, bundle.image_processor, config.run.seed, screen.checking
+    )
+    optimizer = config.optim.build(model)
+    num_steps = config.loop.num_steps(len(train_rows))
+    return Stages(bundle, report, model, train_rows, eval_rows, optimizer, num_steps)
+
+
+def open_session(
+    config: RunConfig, runtime: Runtime, stages: Stages, point: Path | None, screen: Screen
+) -> tuple[Session, Reporter]:
+    """Distribute -> restore -> open the run folder, its metrics and the dashboard."""
+    model = runtime.distribute(stages.model)
+    runtime.seed_training(config.run.seed)
+    state = TrainState(run_id=new_run_id())
+    if point is not None:
+        state = restore(runtime, point, model, stages.optimizer)
+    if runtime.is_main:
+        open_folder(config, point)
+    runtime.wait_for_everyone()
+    reporter = Reporter(runtime, config, state, screen)
+
+    forward_options: dict[str, bool] = {"use_cache": False}
+    if "linear_cross_entropy" in config.patches:
+        forward_options["skip_logits"] = True  # in evaluation too
+    memory = PeakTracker(runtime.device)
+    memory.begin_loss_after(base_model(stages.bundle.model))
+    session = Session(
+        runtime=runtime,
+        model=model,
+        optimizer=stages.optimizer,
+        learning_rate=lambda step: config.optim.lr * config.schedule.ratio(step, stages.num_steps),
+        memory=memory,
+        forward_options=forward_options,
+        state=state,
+        num_steps=stages.num_steps,
+        log=reporter.training,
+        evaluation_batches=lambda: evaluation_batches(config, runtime, stages.eval_rows),
+        save=lambda: save(
+            runtime, model, stages.optimizer, state, config.as_dict(), config.checkpoint
+        ),
+    )
+    return session, reporter
+
+
+def batch_stream(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> BatchStream:
+    """This rank's micro-batches of every step."""
+    return BatchStream(
+        rows,
+        seed=config.run.seed,
+        global_batch_size=config.loop.global_batch_size,
+        micro_batch_size=config.loop.micro_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        num_workers=config.data.num_workers,
+        shuffle=config.data.shuffle,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def evaluation_batches(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> Iterator[Batch]:
+    """This rank's share of the evaluation rows."""
+    mine = range(runtime.rank, len(rows), runtime.world_size)
+    size = config.loop.eval_micro_batch_size
+    for first in range(0, len(mine), size):
+        yield rows.batch([rows[i] for i in mine[first : first + size]])
+
+
+def conclude(
+    config: RunConfig, stages: Stages, session: Session, reporter: Reporter, screen: Screen
+) -> None:
+    """Evaluate by loss and by generating, write the model, say where everything is."""
+    runtime = session.runtime
+    limit = config.data.eval_generate_rows
+    num_rows = len(stages.eval_rows) if limit is None else min(limit, len(stages.eval_rows))
+    screen.say(f"judging by {num_rows} generated answers")
+    metrics = evaluate(session)
+    answers = generate_answers(
+        runtime,
+        runtime.unwrap(session.model),
+        stages.eval_rows,
+        num_rows=num_rows,
+        batch_size=config.loop.eval_micro_batch_size,
+        max_new_tokens=config.data.eval_max_new_tokens,
+    )
+    metrics |= exact_match(answers)
+    reporter.evaluation(metrics)
+    reporter.answers(answers)
+    if runtime.is_main:
+        export_model(
+            adapters.merge(runtime.release(session.model)),
+            stages.bundle.tokenizer,
+            stages.bundle.image_processor,
+            runtime.run_dir / "model",
+            stages.bundle.processor_file,
+        )
+    runtime.wait_for_everyone()
+    screen.panel(*closing_page(config, runtime.run_dir, session.state, metrics, reporter.notice))

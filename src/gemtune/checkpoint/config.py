@@ -1,0 +1,19 @@
+"""When checkpoints are written and how many are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemtune.options import option, require_range
+
+
+@dataclass
+class CheckpointConfig:
+    """Cadence and retention."""
+
+    every_steps: int | None = option(500, "steps between checkpoints; null: at the end only")
+    keep_last: int = option(2, "how many are kept; older ones are deleted after a new one is safe")
+
+    def __post_init__(self) -> None:
+        require_range("checkpoint.every_steps", self.every_steps, at_least=1)
+        require_range("checkpoint.keep_last", self.keep_last, at_least=1)

@@ -1,0 +1,17 @@
+"""From rows of conversations to batches: sources, rendering, media, order, collation."""
+
+from gemtune.data.chat import ChatEncoder, Example
+from gemtune.data.collate import Batch, collate
+from gemtune.data.dataset import ChatDataset, DataConfig, prepare
+from gemtune.data.stream import BatchStream
+
+__all__ = [
+    "Batch",
+    "BatchStream",
+    "ChatDataset",
+    "ChatEncoder",
+    "DataConfig",
+    "Example",
+    "collate",
+    "prepare",
+]

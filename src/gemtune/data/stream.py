@@ -1,0 +1,66 @@
+"""The stream of batches of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from gemtune.data.collate import Batch
+from gemtune.data.dataset import ChatDataset
+from gemtune.data.order import micro_batches
+
+
+@dataclass
+class BatchStream:
+    """The micro-batches of every optimizer step, for one rank."""
+
+    dataset: ChatDataset
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    num_workers: int = 0
+    shuffle: bool = True
+    pin_memory: bool = False
+
+    def __call__(self, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
+        """Steps first_step .. num_steps - 1. Depends on nothing that ran before."""
+        loader = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=range(first_step, num_steps),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            # The loader draws a seed for its workers; from its own generator, so that the model's
+            # random numbers are the same with and without workers.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def rows_of(self, step: int) -> list[list[int]]:
+        """Dataset indices of this rank's micro-batches at a step (from 0)."""
+        return micro_batches(
+            step,
+            num_samples=len(self.dataset),
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            shuffle=self.shuffle,
+        )
+
+
+@dataclass
+class _Steps(Dataset):
+    stream: BatchStream
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        dataset = self.stream.dataset
+        return [
+            dataset.batch([dataset[i] for i in indices]) for indices in self.stream.rows_of(step)
+        ]

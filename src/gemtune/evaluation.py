@@ -1,0 +1,97 @@
+"""Judging a model by the answers it generates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemtune.data import ChatDataset
+from gemtune.runtime import Runtime
+
+
+@dataclass
+class Answer:
+    """One generated answer beside the one expected."""
+
+    where: str
+    kind: str | None
+    question: str
+    expected: str
+    generated: str
+
+    @property
+    def correct(self) -> bool:
+        return self.generated == self.expected
+
+
+@torch.no_grad()
+def generate_answers(
+    runtime: Runtime,
+    model: nn.Module,
+    dataset: ChatDataset,
+    *,
+    num_rows: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer the last turn of the first `num_rows` rows, greedily, shared between the ranks.
+
+    `model` is the unwrapped model; it is left in evaluation mode.
+    """
+    model.eval()
+    tokenizer = dataset.encoder.tokenizer
+    stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<turn|>")]
+    mine = list(range(runtime.rank, num_rows, runtime.world_size))
+    answers: list[Answer] = []
+    for first in range(0, len(mine), batch_size):
+        rows = mine[first : first + batch_size]
+        prompts = [dataset.prompt(row) for row in rows]
+        # Left padding: every answer begins at the same place.
+        batch = dataset.batch([prompt for prompt, _ in prompts], padding_side="left")
+        inputs = batch.to(runtime.device).inputs
+        with runtime.accelerator.autocast():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=stop_ids,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        for row, (prompt, expected), text in zip(rows, prompts, texts, strict=True):
+            source_row = dataset.row(row)
+            question = _last_user_text(source_row)
+            kind = source_row.get("kind")
+            answers.append(Answer(prompt.where, kind, question, expected, text.strip()))
+    return runtime.collect(answers)
+
+
+def exact_match(answers: list[Answer]) -> dict[str, float]:
+    """`eval/exact_match` over all answers, and by kind where the rows have a `kind` column."""
+    if not answers:
+        return {}
+    metrics = {"eval/exact_match": _share_correct(answers)}
+    by_kind: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        if answer.kind is not None:
+            by_kind[answer.kind].append(answer)
+    for kind, some in sorted(by_kind.items()):
+        metrics[f"eval/exact_match_{kind}"] = _share_correct(some)
+    return metrics
+
+
+def _share_correct(answers: list[Answer]) -> float:
+    return sum(answer.correct for answer in answers) / len(answers)
+
+
+def _last_user_text(row: dict[str, Any]) -> str:
+    content = next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user")
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] if part["type"] == "text" else "[image]" for part in content)

@@ -1,0 +1,270 @@
+"""The training loop: one explicit step, and four cadences around it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gemtune.checkpoint.state import TrainState
+from gemtune.errors import ConfigError, TrainingError
+from gemtune.memory import PHASES, PeakTracker
+from gemtune.options import option, require_range
+from gemtune.runtime import Runtime
+
+
+@dataclass
+class LoopConfig:
+    """How long, how many rows at a time, and how often things happen."""
+
+    max_steps: int | None = option(None, "optimizer steps; null: decided by max_epochs")
+    max_epochs: float = option(1.0, "passes over the data, where max_steps is null")
+    global_batch_size: int = option(32, "rows of an optimizer step, over all processes")
+    micro_batch_size: int = option(4, "rows of one forward pass; no effect on the gradient")
+    max_grad_norm: float | None = option(1.0, "gradients are scaled down to it; null: never")
+    max_nonfinite_steps: int = option(3, "steps with a NaN or infinity before the run stops")
+    log_every_steps: int = option(10, "steps between lines and dashboard points")
+    eval_every_steps: int | None = option(None, "steps between evaluations; null: start and end")
+    eval_micro_batch_size: int = option(32, "rows of one forward pass in evaluation")
+
+    def __post_init__(self) -> None:
+        require_range("loop.max_steps", self.max_steps, at_least=1)
+        require_range("loop.max_epochs", self.max_epochs, above=0)
+        require_range("loop.max_grad_norm", self.max_grad_norm, above=0)
+        require_range("loop.max_nonfinite_steps", self.max_nonfinite_steps, at_least=0)
+        require_range("loop.eval_every_steps", self.eval_every_steps, at_least=1)
+        for key in (
+            "global_batch_size",
+            "micro_batch_size",
+            "log_every_steps",
+            "eval_micro_batch_size",
+        ):
+            require_range(f"loop.{key}", getattr(self, key), at_least=1)
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the run for a data set of that size."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.max_epochs * num_rows / self.global_batch_size))
+
+    def check_world_size(self, world_size: int) -> None:
+        """Every rank must get the same number of rows."""
+        if self.global_batch_size % world_size:
+            below = self.global_batch_size // world_size * world_size
+            raise ConfigError(
+                f"loop.global_batch_size={self.global_batch_size} cannot be shared evenly by "
+                f"{world_size} processes. Use {below or world_size} or {below + world_size}."
+            )
+
+
+class TrainBatch(Protocol):
+    """What the loop needs of a micro-batch."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    num_tokens: int
+    num_supervised_tokens: int
+    rows: list[str]
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+@dataclass
+class Session:
+    """What a run trains with. The callbacks are called on every rank."""
+
+    runtime: Runtime
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    """Of the step with that index, from 0."""
+    memory: PeakTracker
+    forward_options: dict[str, Any]
+    """Passed to the model with every batch."""
+    state: TrainState
+    num_steps: int
+    log: Callable[[dict[str, Any]], None]
+    """Takes the record of every step."""
+    evaluation_batches: Callable[[], Iterable[TrainBatch]]
+    """This rank's share of the evaluation rows."""
+    save: Callable[[], None]
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, the same on all ranks."""
+
+    loss: float
+    """Mean over the supervised tokens of the global batch."""
+    grad_norm: float
+    supervised_tokens: int
+    tokens: int
+    peaks_gib: list[dict[str, float]]
+    """Phase -> peak of each rank."""
+    updated: bool
+    """False: something was not finite, and nothing was changed."""
+    stop_requested: bool
+
+
+def train(
+    session: Session,
+    batches: Callable[[int, int], Iterator[list[TrainBatch]]],
+    config: LoopConfig,
+    save_every_steps: int | None,
+) -> bool:
+    """Train from `session.state.step` to `session.num_steps`; True if it got there.
+
+    False: somebody asked to stop; the state was saved.
+
+    Raises:
+        TrainingError: more than `max_nonfinite_steps` steps were not finite.
+    """
+    state = session.state
+    session.model.train()
+    started = time.perf_counter()
+    for micro_batches in batches(state.step, session.num_steps):
+        fetched = time.perf_counter()
+        result = step(session, micro_batches, config.max_grad_norm)
+        state.step += 1
+        state.tokens_seen += result.tokens
+        now = time.perf_counter()
+        record = _record(session, result, seconds=now - started, waited=fetched - started)
+        started = now
+        if not result.updated:
+            _count_nonfinite(session, result, micro_batches, config.max_nonfinite_steps)
+        done = state.step == session.num_steps
+        stopping = result.stop_requested and not done
+        if config.eval_every_steps and not state.step % config.eval_every_steps and not done:
+            record |= evaluate(session)
+            session.model.train()
+            started = time.perf_counter()  # evaluation is no training time
+        session.log(record)
+        due = save_every_steps is not None and not state.step % save_every_steps
+        if due or done or stopping:
+            session.save()
+            started = time.perf_counter()
+        if stopping:
+            return False
+    return True
+
+
+def step(
+    session: Session, micro_batches: list[TrainBatch], max_grad_norm: float | None
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches.
+
+    The gradient is that of the sum of the token losses of all ranks, divided once by the number
+    of supervised tokens of all ranks: it does not depend on how the rows are split.
+    """
+    runtime, model, memory = session.runtime, session.model, session.memory
+    supervised, tokens = runtime.totals(
+        [
+            sum(batch.num_supervised_tokens for batch in micro_batches),
+            sum(batch.num_tokens for batch in micro_batches),
+        ]
+    )
+    loss_sum: torch.Tensor | float = 0.0
+    for number, batch in enumerate(micro_batches, start=1):
+        memory.enter("forward")
+        with runtime.gradient_sync(model, number == len(micro_batches)):
+            batch = batch.to(runtime.device)
+            output = model(**batch.inputs, labels=batch.labels, **session.forward_options)
+            # The model returns the mean over this micro-batch.
+            micro_sum = output.loss.double() * batch.num_supervised_tokens
+            memory.enter("backward")
+            # DDP averages gradients over the ranks; the factor makes it a sum again.
+            runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
+        loss_sum = loss_sum + micro_sum.detach()
+        del output, micro_sum
+
+    memory.enter("optimizer")
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    shared = runtime.table([loss_sum, grad_norm, float(runtime.stop.requested), supervised, tokens])
+    loss = sum(row[0] for row in shared) / shared[0][3]
+    # Agreed by all ranks before anything changes. The norm is the same on all, the losses are not.
+    updated = math.isfinite(loss) and all(math.isfinite(row[1]) for row in shared)
+    if updated:
+        for group in session.optimizer.param_groups:
+            group["lr"] = session.learning_rate(session.state.step)
+        session.optimizer.step()
+    session.optimizer.zero_grad(set_to_none=True)
+    peaks = memory.finish()
+    rows = runtime.table([peaks[phase] for phase in PHASES])
+    return StepResult(
+        loss=loss,
+        grad_norm=shared[0][1],
+        supervised_tokens=int(shared[0][3]),
+        tokens=int(shared[0][4]),
+        peaks_gib=[dict(zip(PHASES, row, strict=True)) for row in rows],
+        updated=updated,
+        stop_requested=any(row[2] for row in shared),
+    )
+
+
+@torch.no_grad()
+def evaluate(session: Session) -> dict[str, float]:
+    """`eval/loss`: mean over the supervised tokens of all ranks' batches; empty without any."""
+    # Not DDP's own forward: ranks may have different numbers of batches.
+    model = session.runtime.unwrap(session.model)
+    model.eval()
+    loss_sum, supervised = 0.0, 0
+    for batch in session.evaluation_batches():
+        moved = batch.to(session.runtime.device)
+        output = model(**moved.inputs, labels=moved.labels, **session.forward_options)
+        loss_sum += float(output.loss) * batch.num_supervised_tokens
+        supervised += batch.num_supervised_tokens
+    shared = session.runtime.table([loss_sum, supervised])
+    total = sum(row[1] for row in shared)
+    return {"eval/loss": sum(row[0] for row in shared) / total} if total else {}
+
+
+def _record(
+    session: Session, result: StepResult, *, seconds: float, waited: float
+) -> dict[str, Any]:
+    """The metrics of a step under the names that metrics.jsonl and dashboards use."""
+    per_rank = [max(peaks.values()) for peaks in result.peaks_gib]
+    worst = max(range(len(per_rank)), key=lambda rank: per_rank[rank])
+    record: dict[str, Any] = {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": session.learning_rate(session.state.step - 1),
+        "train/supervised_tokens": result.supervised_tokens,
+        "train/tokens": result.tokens,
+        "train/tokens_per_second": result.tokens / seconds,
+        "train/step_seconds": seconds,
+        "train/data_wait_fraction": waited / seconds,
+        "train/nonfinite_steps": session.state.nonfinite_steps + (not result.updated),
+        "memory/peak_gib": per_rank[worst],
+        "memory/peak_rank": worst,
+        "memory/peak_gib_per_rank": per_rank,
+    }
+    for phase in PHASES:
+        record[f"memory/{phase}_peak_gib"] = max(peaks[phase] for peaks in result.peaks_gib)
+    return record
+
+
+def _count_nonfinite(
+    session: Session, result: StepResult, micro_batches: list[TrainBatch], budget: int
+) -> None:
+    """Count a step whose update was left out; raise when there were too many."""
+    state = session.state
+    state.nonfinite_steps += 1
+    rows = session.runtime.collect([row for batch in micro_batches for row in batch.rows])
+    message = (
+        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+        f"nothing was updated ({state.nonfinite_steps} such steps, {budget} allowed). "
+        f"Its rows: {'; '.join(rows)}"
+    )
+    if state.nonfinite_steps > budget:
+        raise TrainingError(
+            f"{message}\nThe run stops. Look at these rows, lower optim.lr, or use float32 "
+            "(model.dtype=float32). The last checkpoint is from before this step."
+        )
+    if session.runtime.is_main:
+        print(message, flush=True)

@@ -1,0 +1,252 @@
+"""The arithmetic behind linear_cross_entropy: matmuls per row chunk, softmax per cache tile.
+
+Two sizes matter. A chunk is the block of logits that one matmul writes; it is as large as the
+byte budget allows, because narrow matmuls waste the hardware. A tile is a few rows of a chunk; it
+is as small as the cache, because the softmax reads each logit about ten times.
+
+Shape letters: N supervised rows, R rows of a chunk, T rows of a tile, V vocabulary, H hidden.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MIB = 1 << 20
+CPU_TILE_BYTES = 2 * MIB  # with its scratch still in cache; 64 MiB costs 1.5 times as much
+ACCELERATOR_TILE_BYTES = 64 * MIB  # large enough to hide kernel launches
+WIDENED_WEIGHT_BYTES = 16 * MIB  # float32 copy of a slice of a half-precision weight
+
+
+class Settings(NamedTuple):
+    """What one call asks for; `matmul_dtype` is the dtype both operands are brought to."""
+
+    softcap: float | None
+    label_smoothing: float
+    z_loss_weight: float
+    chunk_bytes: int
+    metrics: bool
+    matmul_dtype: torch.dtype
+
+
+class Scores(NamedTuple):
+    """Per-row losses [N], metric sums (empty unless asked for) and gradients (None if unneeded)."""
+
+    losses_N: Tensor
+    sums: tuple[Tensor, ...]
+    grad_rows_NH: Tensor | None
+    grad_weight_VH: Tensor | None
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Logits, losses and gradient sums are kept in float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def mixed_matmul_support(device_type: str, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Say whether mm and addmm can write float32 from half operands on this device.
+
+    CUDA has the former since torch 2.8, the latter since 2.10 (pytorch#167931); CPU has neither.
+    """
+    if device_type != "cuda":
+        return False, False
+    half = torch.zeros(16, 16, device=device_type, dtype=dtype)
+    out = torch.zeros(16, 16, device=device_type, dtype=torch.float32)
+    supported = []
+    for operation in (torch.mm, functools.partial(torch.addmm, out)):
+        try:
+            operation(half, half, out_dtype=torch.float32, out=out)
+            supported.append(True)
+        except (RuntimeError, TypeError):
+            supported.append(False)
+    return supported[0], supported[1]
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, keep: bool = False):
+    """Set out = alpha * a @ b, added to what was there if `keep`, in the precision of `out`."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=int(keep), alpha=alpha)
+        return
+    _, has_addmm = mixed_matmul_support(out.device.type, a.dtype)
+    if has_addmm:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(keep), alpha=alpha, out=out)
+    elif not keep:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        if alpha != 1.0:
+            out.mul_(alpha)
+    else:
+        step = max(1, ACCELERATOR_TILE_BYTES // (out.shape[1] * out.element_size()))
+        for part, a_part in zip(out.split(step), a.split(step), strict=True):
+            part.add_(torch.mm(a_part, b, out_dtype=out.dtype), alpha=alpha)
+
+
+def weight_slices(weight_VH: Tensor, dtype: torch.dtype):
+    """Yield (columns of the logits, weight rows in `dtype`), converting one slice at a time."""
+    vocab_size, hidden_size = weight_VH.shape
+    if weight_VH.dtype == dtype:
+        yield slice(0, vocab_size), weight_VH
+        return
+    step = max(1, WIDENED_WEIGHT_BYTES // (max(1, hidden_size) * dtype.itemsize))
+    for start in range(0, vocab_size, step):
+        columns = slice(start, min(start + step, vocab_size))
+        yield columns, weight_VH[columns].to(dtype)
+
+
+def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: int) -> int:
+    """Rows whose logits fit the budget, evened out so that the last chunk is not a sliver."""
+    most = max(1, chunk_bytes // (vocab_size * itemsize))
+    num_chunks = max(1, -(-num_rows // most))
+    return max(1, -(-num_rows // num_chunks))
+
+
+def score(
+    rows_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    row_scale: Tensor,
+    settings: Settings,
+    needs: tuple[bool, bool],
+) -> Scores:
+    """Return losses, and the gradients of sum(row_scale * losses) for what `needs` names.
+
+    One matmul, and one more per needed gradient. Allocates one chunk of logits, one tile, and the
+    gradients in the accumulator dtype.
+    """
+    (num_rows, hidden_size), vocab_size = rows_NH.shape, weight_VH.shape[0]
+    needs_rows, needs_weight = needs
+    wide = accumulator_dtype(settings.matmul_dtype)
+    weight_VH = weight_VH.to(settings.matmul_dtype)
+    has_mm, _ = mixed_matmul_support(rows_NH.device.type, settings.matmul_dtype)
+    narrow = settings.matmul_dtype if has_mm or settings.matmul_dtype == wide else wide
+    chunk = rows_per_chunk(num_rows, vocab_size, wide.itemsize, settings.chunk_bytes)
+    new = functools.partial(torch.empty, device=rows_NH.device, dtype=wide)
+    buffer_RV = new(chunk if num_rows else 0, vocab_size)
+    # The gradient of the logits goes back where the logits were; rounded to half precision it
+    # takes the front half of each row.
+    grad_RV = buffer_RV if narrow == wide else buffer_RV.view(narrow)[:, :vocab_size]
+    records = new(4 if settings.metrics else 1, num_rows)
+    grad_rows_NH = new(num_rows, hidden_size) if needs_rows else None
+    grad_weight_VH = new(vocab_size, hidden_size) if needs_weight else None
+    if needs_weight and not num_rows:
+        grad_weight_VH.zero_()
+    row_scale_N = row_scale.expand(num_rows)
+
+    for start in range(0, num_rows, chunk):
+        at = slice(start, min(start + chunk, num_rows))
+        size = at.stop - at.start
+        rows_RH = rows_NH[at].to(settings.matmul_dtype).to(narrow)
+        logits_RV, grad_logits_RV = buffer_RV[:size], grad_RV[:size]
+        for columns, weight_part in weight_slices(weight_VH, narrow):
+            alpha = 1.0 / (settings.softcap or 1.0)
+            multiply_into(logits_RV[:, columns], rows_RH, weight_part.t(), alpha=alpha)
+        scale_R = row_scale_N[at] if needs_rows or needs_weight else None
+        softmax_chunk(logits_RV, grad_logits_RV, targets_N[at], scale_R, records[:, at], settings)
+        if needs_rows:
+            for columns, weight_part in weight_slices(weight_VH, narrow):
+                keep = columns.start > 0
+                multiply_into(grad_rows_NH[at], grad_logits_RV[:, columns], weight_part, keep=keep)
+        if needs_weight:
+            multiply_into(grad_weight_VH, grad_logits_RV.t(), rows_RH, keep=start > 0)
+    return Scores(records[0], metric_sums(records), grad_rows_NH, grad_weight_VH)
+
+
+def metric_sums(records: Tensor) -> tuple[Tensor, ...]:
+    """Sum the rows (loss, correct, entropy, log-sum-exp) over tokens; nothing if not recorded."""
+    if records.shape[0] == 1:
+        return ()
+    num_tokens = torch.full((), records.shape[1], device=records.device, dtype=torch.int64)
+    return num_tokens, records[1].sum(dtype=torch.int64), records[2].sum(), records[3].sum()
+
+
+def softmax_chunk(logits_RV, grad_RV, targets_R, scale_R, records, settings: Settings) -> None:
+    """Run softmax_tile over a chunk, a few rows at a time, all with the same scratch memory."""
+    num_rows, vocab_size = logits_RV.shape
+    tile_bytes = CPU_TILE_BYTES if logits_RV.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+    step = min(num_rows, max(1, tile_bytes // (vocab_size * logits_RV.element_size())))
+    scratch_TV = torch.empty_like(logits_RV[:step])
+    for start in range(0, num_rows, step):
+        at = slice(start, min(start + step, num_rows))
+        logits_TV, exps_TV = logits_RV[at], scratch_TV[: at.stop - at.start]
+        targets_T1 = targets_R[at].unsqueeze(1)
+        lse_T1, total_T1 = softmax_tile(logits_TV, exps_TV, targets_T1, records[:, at], settings)
+        if scale_R is not None:
+            scale_T1 = scale_R[at].unsqueeze(1)
+            row_T1 = scale_T1 * (1 + 2 * settings.z_loss_weight * lse_T1) / total_T1
+            gradient_tile(logits_TV, exps_TV, grad_RV[at], targets_T1, scale_T1, row_T1, settings)
+
+
+def softmax_tile(
+    logits_TV: Tensor, exps_TV: Tensor, targets_T1: Tensor, records: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Record the tile's losses and metrics; return log-sum-exp and the sum of the exponentials.
+
+    `logits_TV` arrives divided by the cap and leaves as tanh of that; `exps_TV` is filled with the
+    exponentials of the logits, shifted by their maximum where they are not bounded.
+    """
+    cap = settings.softcap or 1.0
+    if settings.softcap is not None:
+        logits_TV.tanh_()
+    # V * exp(cap) must stay below the float32 maximum, exp(88.7). For the 262,144 words of Gemma
+    # this skips the pass over the tile for caps up to 75.
+    if settings.softcap is not None and cap + math.log(logits_TV.shape[1]) < 88.0:
+        shift_T1 = 0.0
+        torch.mul(logits_TV, cap, out=exps_TV).exp_()
+    else:
+        shift_T1 = logits_TV.amax(1, keepdim=True)
+        torch.sub(logits_TV, shift_T1, out=exps_TV)
+        if cap != 1.0:
+            exps_TV.mul_(cap)
+            shift_T1 = shift_T1 * cap
+        exps_TV.exp_()
+    total_T1 = exps_TV.sum(1, keepdim=True)
+    lse_T1 = total_T1.log() + shift_T1
+    target_T1 = logits_TV.gather(1, targets_T1) * cap
+    loss_T1 = lse_T1 - target_T1
+    if settings.label_smoothing:
+        mean_T1 = logits_TV.mean(1, keepdim=True) * cap
+        loss_T1 += settings.label_smoothing * (target_T1 - mean_T1)
+    if settings.z_loss_weight:
+        loss_T1 += settings.z_loss_weight * lse_T1.square()
+    records[0] = loss_T1.squeeze(1)
+    if settings.metrics:
+        expected_T1 = (exps_TV * logits_TV).sum(1, keepdim=True) * cap / total_T1
+        records[1] = logits_TV.argmax(1).eq(targets_T1.squeeze(1))
+        records[2] = (lse_T1 - expected_T1).squeeze(1)
+        records[3] = lse_T1.squeeze(1)
+    return lse_T1, total_T1
+
+
+def gradient_tile(
+    logits_TV: Tensor,
+    exps_TV: Tensor,
+    grad_TV: Tensor,
+    targets_T1: Tensor,
+    scale_T1: Tensor,
+    row_T1: Tensor,
+    settings: Settings,
+) -> None:
+    """Write the gradient of the logits before the cap over the logits: 1 - tanh^2 for each column.
+
+    `row_T1` is what one exponential weighs: scale * (1 + 2 z lse) / total.
+    """
+    in_place = grad_TV.dtype == logits_TV.dtype
+    wide_TV = logits_TV if in_place else exps_TV
+    hit_T1 = scale_T1 * (1 - settings.label_smoothing)
+    spread_T1 = scale_T1 * (settings.label_smoothing / logits_TV.shape[1])
+    if settings.softcap is None:
+        torch.mul(exps_TV, row_T1, out=wide_TV)
+        if settings.label_smoothing:
+            wide_TV.sub_(spread_T1)
+    else:
+        hit_T1 = hit_T1 * (1 - logits_TV.gather(1, targets_T1).square())
+        exps_TV.mul_(row_T1)
+        if settings.label_smoothing:
+            exps_TV.sub_(spread_T1)
+        logits_TV.mul_(logits_TV)
+        torch.addcmul(exps_TV, exps_TV, logits_TV, value=-1, out=wide_TV)
+    wide_TV.scatter_(1, targets_T1, wide_TV.gather(1, targets_T1) - hit_T1)
+    if not in_place:
+        grad_TV.copy_(wide_TV)

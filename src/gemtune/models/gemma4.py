@@ -1,0 +1,186 @@
+"""Reads a Gemma 4 checkpoint from a folder or the hub, or builds one from a seed."""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemtune.errors import ConfigError, ModelError
+from gemtune.models.parts import PARTS, freeze
+from gemtune.options import option, require_choice
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BUNDLED = "bundled:"
+
+
+@dataclass
+class ModelConfig:
+    """Which Gemma 4, and how it is held in memory."""
+
+    name: str = option("tiny", "short name, part of the default run name")
+    path: str = option("bundled:tiny", "hub id, local folder, or bundled:tiny")
+    revision: str = option("main", "branch, tag or commit of a hub checkpoint")
+    weights: str = option("pretrained", "pretrained, or random: built from run.seed")
+    dtype: str = option("float32", "float32 or bfloat16: the dtype of the weights")
+    attention: str = option("sdpa", "sdpa or eager (the audio tower is always eager)")
+    gradient_checkpointing: bool = option(
+        False, "recompute each layer in backward (non-reentrant): less memory, about 1/3 more time"
+    )
+    freeze: list[str] = option([], f"parts that are not trained, of {', '.join(PARTS)}")
+
+    def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise ConfigError(
+                "model.dtype=float16 overflows in Gemma 4's MLP products and vision pooler "
+                "(transformers#46277). Use bfloat16 or float32."
+            )
+        require_choice("model.dtype", self.dtype, _DTYPES)
+        require_choice("model.weights", self.weights, ["pretrained", "random"])
+        require_choice("model.attention", self.attention, ["sdpa", "eager"])
+        for part in self.freeze:
+            require_choice("model.freeze", part, PARTS)
+
+
+@dataclass
+class GemmaBundle:
+    """A model and what turns conversations into its inputs."""
+
+    model: nn.Module
+    tokenizer: Any
+    image_processor: Any
+    source: str
+    """The hub id or folder it was read from."""
+    processor_file: Path | None
+    """Its processor_config.json, which also describes video and audio, where it has one."""
+
+
+def load(config: ModelConfig, seed: int) -> GemmaBundle:
+    """Model, tokenizer and image processor, on the CPU, in training mode, with parts frozen.
+
+    The image processor is the PIL one: it needs no torchvision and gives the same pixels.
+
+    Raises:
+        ModelError: nothing there, no access, not a Gemma 4, or no chat template.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    source = _resolve(config.path)
+    hub = {} if Path(source).is_dir() else {"revision": config.revision}
+    model_config = _read(source, lambda: _read_model_config(source, hub))
+    tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, **hub))
+    image_processor = _read(source, lambda: Gemma4ImageProcessorPil.from_pretrained(source, **hub))
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{source} has no chat template (base models ship none). Use the instruction-tuned "
+            "checkpoint (its name ends in -it), or copy its chat_template.jinja there."
+        )
+    model = _build(config, source, hub, model_config, seed)
+    freeze(model, config.freeze)
+    if config.gradient_checkpointing:
+        # Reentrant checkpointing gives wrong gradients with KV sharing (unsloth-zoo#813).
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    processor_file = _processor_file(source, hub)
+    return GemmaBundle(model, tokenizer, image_processor, source, processor_file)
+
+
+def _build(
+    config: ModelConfig, source: str, hub: dict[str, str], model_config: Any, seed: int
+) -> nn.Module:
+    from transformers import Gemma4ForConditionalGeneration, GenerationConfig
+
+    # A dict, because asking for SDPA as a whole is refused where there is an audio tower.
+    attention = {"text_config": config.attention, "vision_config": config.attention}
+    dtype = _DTYPES[config.dtype]
+    if config.weights == "random":
+        torch.manual_seed(seed)
+        model_config._attn_implementation = attention
+        model = Gemma4ForConditionalGeneration(model_config)
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+        # Parameters only: buffers such as the RoPE frequencies lose accuracy in bfloat16.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
+    return _read(
+        source,
+        lambda: Gemma4ForConditionalGeneration.from_pretrained(
+            source, config=model_config, dtype=dtype, attn_implementation=attention, **hub
+        ),
+    )
+
+
+def _read_model_config(source: str, hub: dict[str, str]) -> Any:
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(source, **hub)
+    if model_config.model_type != "gemma4":
+        hint = (
+            " The 12B (gemma4_unified) has no vision tower and is not supported yet."
+            if model_config.model_type == "gemma4_unified"
+            else ""
+        )
+        raise ModelError(
+            f"{source} is a '{model_config.model_type}' model, not a Gemma 4 (model_type gemma4)."
+            f"{hint} Choose model=e2b, e4b, 26b_a4b or 31b, or give a Gemma 4 with model.path=."
+        )
+    return model_config
+
+
+def _processor_file(source: str, hub: dict[str, str]) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(source, "processor_config.json", **hub))
+    except OSError:
+        return None
+
+
+def _resolve(path: str) -> str:
+    if path.startswith(_BUNDLED):
+        folder = Path(str(importlib.resources.files("gemtune"))) / "assets"
+        folder = folder / path.removeprefix(_BUNDLED)
+        if not folder.is_dir():
+            raise ModelError(f"model.path={path}: the only bundled model is bundled:tiny.")
+        return str(folder)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"model.path={path} is a folder without config.json, so it is no checkpoint. "
+                "Give the folder that holds config.json, the safetensors and the tokenizer."
+            )
+        return str(local)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local:
+        raise ModelError(
+            f"model.path={path}: there is no such folder. Give a local checkpoint folder, or a hub "
+            "id such as google/gemma-4-E2B-it."
+        )
+    return path
+
+
+def _read(source: str, read: Any) -> Any:
+    """`read()`, with what can go wrong on the way to the hub or in a folder put in plain words."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if Path(source).is_dir():
+            raise ModelError(
+                f"The checkpoint folder {source} cannot be read: {first_line}\n"
+                "It must hold config.json, model*.safetensors, the tokenizer with its chat "
+                "template, and processor_config.json (or preprocessor_config.json)."
+            ) from error
+        raise ModelError(
+            f"{source} cannot be read from the Hugging Face hub: {first_line}\n"
+            "Any of these helps:\n"
+            f"  1. accept the licence at https://huggingface.co/{source}, then run: hf auth login\n"
+            "  2. check the network, or unset HF_HUB_OFFLINE\n"
+            "  3. give a local copy of the checkpoint: model.path=FOLDER"
+        ) from error

@@ -1,0 +1,149 @@
+"""The words of the start-up page and of the closing summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from gemtune.adapters import Lora
+from gemtune.checkpoint import TrainState
+from gemtune.config import RunConfig
+from gemtune.console import Row, relative
+from gemtune.data import ChatDataset
+from gemtune.loop import Session
+from gemtune.models import GemmaBundle, part_parameters
+from gemtune.patches import PatchReport
+from gemtune.runtime import Runtime
+
+# A pretrained Gemma 4 with its own template starts below this on ordinary text.
+HIGH_FIRST_LOSS = 6.0
+
+
+class _Built(Protocol):
+    bundle: GemmaBundle
+    report: PatchReport
+    train_rows: ChatDataset
+    eval_rows: ChatDataset
+
+
+def start_page(
+    config: RunConfig, runtime: Runtime, built: _Built, session: Session, dashboard: str
+) -> tuple[str, list[Row]]:
+    """Title and rows: model, data, patches with their status, run folder."""
+    model = built.bundle.model
+    parts = part_parameters(model)
+    total = sum(count for count, _ in parts.values())
+    trainable = sum(count for _, count in parts.values())
+    rows: list[Row] = [
+        ("model", f"{config.model.name}, {_source(config, built.bundle)}", ""),
+        ("", f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})", ""),
+        ("", _by_part(parts), ""),
+        *_data_rows(config, built),
+        ("training", _training(config, runtime, session.num_steps), ""),
+    ]
+    for number, row in enumerate(built.report.rows):
+        text = f"{row.name}: {row.status} ({row.reason})"
+        rows.append(("patches" if not number else "", text, row.status))
+    if not built.report.rows:
+        rows.append(("patches", "none", ""))
+    return (
+        f"gemtune: {config.recipe.name}",
+        [
+            *rows,
+            ("memory", f"peak of every step by phase, from: {session.memory.source}", ""),
+            ("dashboard", dashboard, ""),
+            ("run folder", relative(runtime.run_dir), ""),
+        ],
+    )
+
+
+def first_loss_lines(config: RunConfig, loss: float | None) -> Iterator[str]:
+    """The loss before the first step, and a warning where it is too high for a checkpoint."""
+    if loss is None:
+        return
+    yield f"loss of the starting model on the evaluation rows: {loss:.4f}"
+    if config.model.weights == "pretrained" and loss > HIGH_FIRST_LOSS:
+        yield (
+            "warning: that is high for a pretrained model. Look at the data and at the chat "
+            "template before you spend time on it."
+        )
+
+
+def closing_page(
+    config: RunConfig, run_dir: Path, state: TrainState, metrics: dict[str, float], dashboard: str
+) -> tuple[str, list[Row]]:
+    """Title and rows: what was reached, where everything is, what to try next."""
+    rows: list[Row] = []
+    if "eval/loss" in metrics:
+        before = "" if state.first_eval_loss is None else f"{state.first_eval_loss:.4f} -> "
+        rows.append(("eval/loss", f"{before}{metrics['eval/loss']:.4f}", ""))
+    if "eval/exact_match" in metrics:
+        rows.append(("eval/exact_match", f"{metrics['eval/exact_match']:.1%}", ""))
+        rows += [
+            ("", f"{name.removeprefix('eval/exact_match_')} {value:.1%}", "")
+            for name, value in metrics.items()
+            if name.startswith("eval/exact_match_")
+        ]
+    if state.nonfinite_steps:
+        rows.append(("left out", f"{state.nonfinite_steps} steps that were not finite", ""))
+    here = relative(run_dir)
+    rows += [
+        ("model", f"{here}/model (loads in stock transformers)", ""),
+        ("metrics", f"{here}/metrics.jsonl", ""),
+        ("answers", f"{here}/answers.jsonl", ""),
+        ("checkpoints", f"{here}/checkpoints", ""),
+        ("dashboard", dashboard, ""),
+        ("next", _next_command(config), ""),
+    ]
+    return f"done: {state.step} steps", rows
+
+
+def _next_command(config: RunConfig) -> str:
+    if config.model.weights == "random":
+        return (
+            "accelerate launch train.py recipe=gemma4_lora model=e2b data=chat "
+            "data.path=YOUR_CONVERSATIONS.jsonl"
+        )
+    return f"accelerate launch train.py recipe={config.recipe.name} run.name=NEW_NAME optim.lr=..."
+
+
+def _source(config: RunConfig, bundle: GemmaBundle) -> str:
+    if config.model.weights == "random":
+        return f"built from seed {config.run.seed}"
+    return bundle.source
+
+
+def _by_part(parts: dict[str, tuple[int, int]]) -> str:
+    return ", ".join(
+        f"{part} {total:,}{'' if trainable else ' (frozen)'}"
+        for part, (total, trainable) in parts.items()
+    )
+
+
+def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
+    rows = built.train_rows
+    yield (
+        "data",
+        f"{config.data.name}: {len(rows):,} rows to learn from, {len(built.eval_rows):,} to judge "
+        f"by, {rows.num_images:,} images",
+        "",
+    )
+    share = rows.num_supervised_tokens / rows.num_tokens
+    yield (
+        "",
+        f"{rows.num_tokens:,} tokens, {share:.1%} of them learned, longest row "
+        f"{rows.longest_row_tokens:,}",
+        "",
+    )
+    if rows.rejected:
+        yield "", f"{len(rows.rejected):,} bad rows left out (listed below)", ""
+
+
+def _training(config: RunConfig, runtime: Runtime, num_steps: int) -> str:
+    processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''}"
+    method = f"LoRA rank {config.adapter.rank}" if isinstance(config.adapter, Lora) else "full"
+    return (
+        f"{method}, {num_steps:,} steps of {config.loop.global_batch_size} rows, peak learning "
+        f"rate {config.optim.lr:g} ({config.schedule.name}), {processes} on {runtime.device.type}"
+    )

@@ -1,0 +1,72 @@
+"""One record of a step to every place that wants it: file, dashboard, screen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from gemtune.checkpoint import TrainState
+from gemtune.config import RunConfig
+from gemtune.console import Screen
+from gemtune.evaluation import Answer
+from gemtune.runtime import Runtime
+from gemtune.tracking import Dashboard, MetricsFile, open_dashboard
+
+METRICS_FILE = "metrics.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+
+
+class Reporter:
+    """Writes on the main process; on the others every call does nothing."""
+
+    def __init__(
+        self, runtime: Runtime, config: RunConfig, state: TrainState, screen: Screen
+    ) -> None:
+        self._runtime = runtime
+        self._state = state
+        self._screen = screen
+        self._every_steps = config.loop.log_every_steps
+        self._file: MetricsFile | None = None
+        self._dashboard: Dashboard | None = None
+        if runtime.is_main:
+            self._file = MetricsFile(runtime.run_dir / METRICS_FILE, state.step)
+            self._dashboard = open_dashboard(
+                config.tracker, runtime.run_dir, config.run.name, state.run_id, config.as_dict()
+            )
+
+    @property
+    def notice(self) -> str:
+        """Where the dashboard is."""
+        return self._dashboard.notice if self._dashboard else ""
+
+    def training(self, record: dict[str, Any]) -> None:
+        """The record of a step: always to the file, elsewhere when one is due."""
+        if self._file is None or self._dashboard is None:
+            return
+        step = self._state.step
+        self._file.write(step, record)
+        due = step % self._every_steps == 0 or step == 1 or step == self._screen.num_steps
+        if due or "eval/loss" in record:
+            self._dashboard.log(record, step)
+        self._screen.step(step, record, due=due)
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """Figures that belong to the newest step."""
+        if self._file is not None and self._dashboard is not None and metrics:
+            self._file.write(self._state.step, metrics)
+            self._dashboard.log(metrics, self._state.step)
+
+    def answers(self, answers: list[Answer]) -> None:
+        """All generated answers to a file, a handful to the screen."""
+        if self._file is None or not answers:
+            return
+        lines = [json.dumps(asdict(a) | {"correct": a.correct}) + "\n" for a in answers]
+        (self._runtime.run_dir / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+        self._screen.answers(answers)
+
+    def finish(self) -> None:
+        """Close file and dashboard."""
+        if self._file is not None and self._dashboard is not None:
+            self._file.close()
+            self._dashboard.finish()

@@ -1,0 +1,177 @@
+"""The processes of a run: devices, seeds, agreement between ranks, signals, the run folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from torch import nn
+
+from gemtune.errors import ConfigError
+from gemtune.options import option, require_choice, require_range
+
+
+@dataclass
+class RunSettings:
+    """Name, place and seed of a run."""
+
+    name: str = option("run", "the run folder is run.dir/run.name; the same name resumes")
+    dir: str = option("runs", "parent of the run folders")
+    seed: int = option(0, "decides initial weights, sample order and dropout")
+    resume: str = option(
+        "auto", "auto: go on from the newest checkpoint; never: start anew; or a checkpoint folder"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ConfigError(f"run.name={self.name!r} must be a plain folder name.")
+        require_range("run.seed", self.seed, at_least=0)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir).expanduser() / self.name
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over processes: one full copy in each (DDP)."""
+
+    mixed_precision: str = option(
+        "no", "no, or bf16: float32 weights with bfloat16 arithmetic (autocast)"
+    )
+    timeout_seconds: int = option(1800, "a collective that takes longer ends the run")
+
+    def __post_init__(self) -> None:
+        require_choice("parallel.mixed_precision", self.mixed_precision, ["no", "bf16"])
+        require_range("parallel.timeout_seconds", self.timeout_seconds, at_least=1)
+
+
+class StopSignal:
+    """Ctrl-C: the first asks for a stop at the next step boundary, the second stops at once.
+
+    Signals within a second of the first count as the same one: the terminal and torchrun both
+    send it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first_at = 0.0
+
+    def install(self, say: Any) -> None:
+        """Take over SIGINT; `say` prints one line."""
+
+        def handler(*_: object) -> None:
+            now = time.monotonic()
+            if self.requested and now - self._first_at > 1:
+                raise KeyboardInterrupt
+            if not self.requested:
+                self.requested, self._first_at = True, now
+                say("Ctrl-C: saving at the end of this step. Press it again to stop at once.")
+
+        signal.signal(signal.SIGINT, handler)
+
+
+@dataclass
+class Runtime:
+    """This process among the others of the run."""
+
+    accelerator: Accelerator
+    run_dir: Path
+    stop: StopSignal = field(default_factory=StopSignal)
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """On the device, under autocast where asked, wrapped for DDP where there are processes."""
+        return self.accelerator.prepare(model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model inside DDP, still under autocast where that was asked for."""
+        return self.accelerator.unwrap_model(model)
+
+    def release(self, model: nn.Module) -> nn.Module:
+        """The model as it was before `distribute`; it is not to be trained after this."""
+        return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    def gradient_sync(self, model: nn.Module, sync: bool) -> AbstractContextManager:
+        """Within it gradients are only added up locally unless `sync`."""
+        return nullcontext() if sync else self.accelerator.no_sync(model)
+
+    def totals(self, values: list[float]) -> torch.Tensor:
+        """Sums over ranks, [len(values)] float64 on the device; does not wait for the GPU."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.accelerator.reduce(tensor, "sum")
+
+    def table(self, values: list[torch.Tensor | float]) -> list[list[float]]:
+        """[world_size][len(values)]: what every rank passed in. Waits for the GPU."""
+        row = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
+        )
+        return self.accelerator.gather(row.unsqueeze(0)).tolist()
+
+    def collect(self, items: list[Any]) -> list[Any]:
+        """The lists of all ranks joined, in the order of the ranks."""
+        return gather_object(items) if self.world_size > 1 else items
+
+    def wait_for_everyone(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def seed_training(self, seed: int) -> None:
+        """Dropout differs between ranks; everything before this call was the same on all."""
+        seed_everything(seed + self.rank)
+
+
+def start(settings: RunSettings, parallel: ParallelConfig) -> Runtime:
+    """Join the processes of this launch and make the run folder's path.
+
+    On a machine without CUDA the processes use gloo on the CPU, also when started by
+    `accelerate launch --multi_gpu`.
+    """
+    # Forked loader workers would otherwise warn once each.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if torch.cuda.is_available():
+        # Its backward with a mask gives NaN gradients at head_dim 256 (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=parallel.mixed_precision,
+        kwargs_handlers=[
+            # A batch of text alone gives the towers no gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout_seconds)),
+        ],
+    )
+    seed_everything(settings.seed)
+    return Runtime(accelerator, settings.folder)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,203 @@
+"""Where metrics go: metrics.jsonl always, and wandb or trackio beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemtune.errors import ConfigError
+from gemtune.options import option, require_choice
+
+
+@dataclass
+class TrackerConfig:
+    """A dashboard beside metrics.jsonl."""
+
+    name: str = option("wandb", "wandb, trackio (local, no account) or none")
+    project: str = option("gemtune", "project in the dashboard")
+    entity: str | None = option(None, "wandb team or user; null: your default")
+    mode: str = option("auto", "wandb: auto (online where a key is found), online or offline")
+
+    def __post_init__(self) -> None:
+        require_choice("tracker.name", self.name, ["wandb", "trackio", "none"])
+        require_choice("tracker.mode", self.mode, ["auto", "online", "offline"])
+
+
+class Dashboard(Protocol):
+    """What a tracker can do."""
+
+    notice: str
+    """One line for the person who started the run."""
+
+    def log(self, metrics: dict[str, Any], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a step, flushed as it is written.
+
+    A resumed run drops the lines of steps that it will do again, so that each step stands there
+    once. Metrics that come later for the newest step join its object.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # A line that a crash cut short is dropped as well.
+        records = [r for r in map(_parse, lines) if r is not None and r["step"] <= resume_step]
+        staging = path.with_suffix(".staging")
+        staging.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        staging.replace(path)
+        self._file = path.open("r+", encoding="utf-8")
+        self._newest: dict[str, Any] = records[-1] if records else {}
+        self._file.seek(0, os.SEEK_END)
+        newest_length = len(json.dumps(self._newest)) + 1 if records else 0
+        self._newest_at = self._file.tell() - newest_length
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Numbers that JSON has no word for (NaN, infinity) are written as null."""
+        record = {"step": step} | {k: _json_value(v) for k, v in metrics.items()}
+        if self._newest.get("step") == step:
+            record = self._newest | record
+            self._file.seek(self._newest_at)
+            self._file.truncate()
+        self._newest, self._newest_at = record, self._file.tell()
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list | tuple):
+        return [_json_value(v) for v in value]
+    return value
+
+
+def new_run_id() -> str:
+    """An id kept in the checkpoints, so that a resumed run goes on as one run in the dashboard."""
+    return uuid.uuid4().hex[:12]
+
+
+def open_dashboard(
+    config: TrackerConfig, run_dir: Path, run_name: str, run_id: str, settings: dict[str, Any]
+) -> Dashboard:
+    """Start or continue the run in the chosen tracker. Main process only."""
+    if config.name == "wandb":
+        return _Wandb(config, run_dir, run_name, run_id, settings)
+    if config.name == "trackio":
+        return _Trackio(config, run_name, settings)
+    return _NoDashboard()
+
+
+class _NoDashboard:
+    notice = "none (metrics.jsonl only)"
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _Wandb:
+    def __init__(
+        self,
+        config: TrackerConfig,
+        run_dir: Path,
+        run_name: str,
+        run_id: str,
+        settings: dict[str, Any],
+    ) -> None:
+        import wandb
+
+        mode = config.mode
+        if mode == "auto":
+            mode = "online" if _has_wandb_key() else "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run_name,
+            id=run_id,
+            resume="allow",
+            dir=str(run_dir),
+            mode=mode,
+            config=settings,
+            # Neither argv nor host data leave the machine; the program is known to the user.
+            settings=wandb.Settings(
+                x_disable_meta=True, console="off", disable_git=True, save_code=False, silent=True
+            ),
+        )
+        # Our own step axis: wandb's own counter drops what a resumed run logs again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        if mode == "offline":
+            folder = Path(self._run.settings.sync_dir)
+            self.notice = f"wandb, offline; upload with: wandb sync {_relative(folder)}"
+        else:
+            self.notice = f"wandb, {self._run.url}"
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
+        self._run.log(flat | {"step": step})
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    """In the environment or in ~/.netrc, the two places where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class _Trackio:
+    def __init__(self, config: TrackerConfig, run_name: str, settings: dict[str, Any]) -> None:
+        try:
+            import trackio
+        except ImportError as error:
+            raise ConfigError(
+                "tracker=trackio needs the trackio package: pip install 'gemtune[trackio]'"
+            ) from error
+        self._trackio = trackio
+        trackio.init(project=config.project, name=run_name, config=settings, resume="allow")
+        self.notice = f"trackio; look with: trackio show --project {config.project}"
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
+        self._trackio.log(flat, step=step)
+
+    def finish(self) -> None:
+        self._trackio.finish()
+
+
+def _relative(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

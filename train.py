@@ -1,0 +1,55 @@
+"""The entry point: `accelerate launch train.py recipe=gemma4_sft [group=choice] [key=value]`."""
+
+import os
+import re
+import signal
+import sys
+from typing import NoReturn
+
+# Started with Ctrl-C ignored (the Makefile does), it must still answer to it while it loads.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and are shown below
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from gemtune.config import describe_fields, find_recipe, typed
+from gemtune.errors import UserError
+
+OmegaConf.register_new_resolver("gemtune_fields", describe_fields)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(composed: DictConfig) -> None:
+    """Check the whole configuration, then hand it to the recipe."""
+    try:
+        config = typed(composed)
+        sys.exit(find_recipe(config)(config))
+    except UserError as error:
+        _refuse(error)
+
+
+def _checked_by_us(argument: str) -> str:
+    """Let `a.b=c` through Hydra even where YAML does not name the key.
+
+    YAML states choices only, so Hydra does not know the keys; `typed()` does, and names the nearest
+    one when a key is misspelt.
+    """
+    return f"++{argument}" if re.match(r"[a-z_]+(\.\w+)+=", argument) else argument
+
+
+def _refuse(error: Exception) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = [_checked_by_us(argument) for argument in sys.argv[1:]]
+    try:
+        main()
+    except HydraException as error:
+        _refuse(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
