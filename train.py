@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 # Started with Ctrl-C ignored (the Makefile does), it must still answer to it while it loads.
@@ -14,6 +15,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from gemtune.composition import explain
 from gemtune.config import describe_fields, find_recipe, typed
 from gemtune.errors import UserError
 
@@ -39,7 +41,7 @@ def _checked_by_us(argument: str) -> str:
     return f"++{argument}" if re.match(r"[a-z_]+(\.\w+)+=", argument) else argument
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _refuse(error: object) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -50,6 +52,6 @@ if __name__ == "__main__":
     try:
         main()
     except HydraException as error:
-        _refuse(error)
+        _refuse(explain(str(error), Path(__file__).parent / "configs"))
     except KeyboardInterrupt:
         sys.exit(130)

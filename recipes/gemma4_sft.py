@@ -17,7 +17,7 @@ from gemtune.data import Batch, BatchStream, ChatDataset, prepare
 from gemtune.evaluation import exact_match, generate_answers
 from gemtune.loop import Session, evaluate, train
 from gemtune.memory import PeakTracker
-from gemtune.models import GemmaBundle, base_model, load
+from gemtune.models import Processing, base_model, load_model, load_processing
 from gemtune.pages import closing_page, first_loss_lines, start_page
 from gemtune.reporting import Reporter
 from gemtune.run_folder import open_folder, resume_point
@@ -31,11 +31,14 @@ EXIT_DONE, EXIT_INTERRUPTED = 0, 130
 class Stages:
     """What is built before the processes meet."""
 
-    bundle: GemmaBundle
-    report: patches.PatchReport
-    model: nn.Module
+    processing: Processing
     train_rows: ChatDataset
     eval_rows: ChatDataset
+    base: nn.Module
+    """The Gemma 4 itself, patched."""
+    report: patches.PatchReport
+    model: nn.Module
+    """`base`, or an adapter around it."""
     optimizer: torch.optim.Optimizer
     num_steps: int
 
@@ -79,16 +82,21 @@ def run(config: RunConfig) -> int:
 
 
 def build(config: RunConfig, screen: Screen) -> Stages:
-    """Model -> patches -> adapter -> data -> optimizer."""
-    bundle = load(config.model, config.run.seed)
-    report = patches.apply(bundle.model, config.patches)
-    model = adapters.attach(bundle.model, config.adapter)
+    """Data -> model -> patches -> adapter -> optimizer: a bad row is found before weights load."""
+    processing = load_processing(config.model)
     train_rows, eval_rows = prepare(
-        config.data, bundle.tokenizer, bundle.image_processor, config.run.seed, screen.checking
+        config.data,
+        processing.tokenizer,
+        processing.image_processor,
+        config.run.seed,
+        screen.checking,
     )
-    optimizer = config.optim.build(model)
     num_steps = config.loop.num_steps(len(train_rows))
-    return Stages(bundle, report, model, train_rows, eval_rows, optimizer, num_steps)
+    base = load_model(config.model, processing, config.run.seed)
+    report = patches.apply(base, config.patches)
+    model = adapters.attach(base, config.adapter)
+    optimizer = config.optim.build(model)
+    return Stages(processing, train_rows, eval_rows, base, report, model, optimizer, num_steps)
 
 
 def open_session(
@@ -109,7 +117,7 @@ def open_session(
     if "linear_cross_entropy" in config.patches:
         forward_options["skip_logits"] = True  # in evaluation too
     memory = PeakTracker(runtime.device)
-    memory.begin_loss_after(base_model(stages.bundle.model))
+    memory.begin_loss_after(base_model(stages.base))
     session = Session(
         runtime=runtime,
         model=model,
@@ -174,10 +182,10 @@ def conclude(
     if runtime.is_main:
         export_model(
             adapters.merge(runtime.release(session.model)),
-            stages.bundle.tokenizer,
-            stages.bundle.image_processor,
+            stages.processing.tokenizer,
+            stages.processing.image_processor,
             runtime.run_dir / "model",
-            stages.bundle.processor_file,
+            stages.processing.processor_file,
         )
     runtime.wait_for_everyone()
     screen.panel(*closing_page(config, runtime.run_dir, session.state, metrics, reporter.notice))

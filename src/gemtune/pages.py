@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from torch import nn
+
 from gemtune.adapters import Lora
 from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import ChatDataset
 from gemtune.loop import Session
-from gemtune.models import GemmaBundle, part_parameters
+from gemtune.models import Processing, part_parameters
 from gemtune.patches import PatchReport
 from gemtune.runtime import Runtime
 
@@ -21,22 +23,22 @@ HIGH_FIRST_LOSS = 6.0
 
 
 class _Built(Protocol):
-    bundle: GemmaBundle
-    report: PatchReport
+    processing: Processing
     train_rows: ChatDataset
     eval_rows: ChatDataset
+    base: nn.Module
+    report: PatchReport
 
 
 def start_page(
     config: RunConfig, runtime: Runtime, built: _Built, session: Session, dashboard: str
 ) -> tuple[str, list[Row]]:
     """Title and rows: model, data, patches with their status, run folder."""
-    model = built.bundle.model
-    parts = part_parameters(model)
+    parts = part_parameters(built.base)
     total = sum(count for count, _ in parts.values())
     trainable = sum(count for _, count in parts.values())
     rows: list[Row] = [
-        ("model", f"{config.model.name}, {_source(config, built.bundle)}", ""),
+        ("model", f"{config.model.name}, {_source(config, built.processing)}", ""),
         ("", f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})", ""),
         ("", _by_part(parts), ""),
         *_data_rows(config, built),
@@ -108,10 +110,10 @@ def _next_command(config: RunConfig) -> str:
     return f"accelerate launch train.py recipe={config.recipe.name} run.name=NEW_NAME optim.lr=..."
 
 
-def _source(config: RunConfig, bundle: GemmaBundle) -> str:
+def _source(config: RunConfig, processing: Processing) -> str:
     if config.model.weights == "random":
         return f"built from seed {config.run.seed}"
-    return bundle.source
+    return processing.source
 
 
 def _by_part(parts: dict[str, tuple[int, int]]) -> str:

@@ -10,11 +10,9 @@ from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.evaluation import Answer
+from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE
 from gemtune.runtime import Runtime
 from gemtune.tracking import Dashboard, MetricsFile, open_dashboard
-
-METRICS_FILE = "metrics.jsonl"
-ANSWERS_FILE = "answers.jsonl"
 
 
 class Reporter:
@@ -62,7 +60,10 @@ class Reporter:
         if self._file is None or not answers:
             return
         lines = [json.dumps(asdict(a) | {"correct": a.correct}) + "\n" for a in answers]
-        (self._runtime.run_dir / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+        path = self._runtime.run_dir / ANSWERS_FILE
+        staging = path.with_suffix(".staging")
+        staging.write_text("".join(lines), encoding="utf-8")
+        staging.replace(path)
         self._screen.answers(answers)
 
     def finish(self) -> None:

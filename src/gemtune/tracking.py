@@ -47,17 +47,16 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
         # A line that a crash cut short is dropped as well.
         records = [r for r in map(_parse, lines) if r is not None and r["step"] <= resume_step]
         staging = path.with_suffix(".staging")
-        staging.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        staging.write_bytes(b"".join(map(_line, records)))
         staging.replace(path)
-        self._file = path.open("r+", encoding="utf-8")
+        self._file = path.open("r+b", buffering=0)
         self._newest: dict[str, Any] = records[-1] if records else {}
-        self._file.seek(0, os.SEEK_END)
-        newest_length = len(json.dumps(self._newest)) + 1 if records else 0
-        self._newest_at = self._file.tell() - newest_length
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._newest_at = self._end - (len(_line(self._newest)) if records else 0)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Numbers that JSON has no word for (NaN, infinity) are written as null."""
@@ -65,16 +64,23 @@ class MetricsFile:
         if self._newest.get("step") == step:
             record = self._newest | record
             self._file.seek(self._newest_at)
-            self._file.truncate()
-        self._newest, self._newest_at = record, self._file.tell()
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        else:
+            self._newest_at = self._file.seek(self._end)
+        # One write, and only then the cut: a crash in between leaves the new line whole, and behind
+        # it at most the end of the old one, which is dropped when the run goes on.
+        self._newest = record
+        self._end = self._newest_at + self._file.write(_line(record))
+        self._file.truncate(self._end)
 
     def close(self) -> None:
         self._file.close()
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -102,7 +108,7 @@ def open_dashboard(
     if config.name == "wandb":
         return _Wandb(config, run_dir, run_name, run_id, settings)
     if config.name == "trackio":
-        return _Trackio(config, run_name, settings)
+        return _Trackio(config, run_name, run_id, settings)
     return _NoDashboard()
 
 
@@ -127,32 +133,41 @@ class _Wandb:
     ) -> None:
         import wandb
 
-        mode = config.mode
-        if mode == "auto":
-            mode = "online" if _has_wandb_key() else "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=run_name,
-            id=run_id,
-            resume="allow",
-            dir=str(run_dir),
-            mode=mode,
-            config=settings,
-            # Neither argv nor host data leave the machine; the program is known to the user.
-            settings=wandb.Settings(
-                x_disable_meta=True, console="off", disable_git=True, save_code=False, silent=True
-            ),
-        )
+        mode = wandb_mode(config)
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=run_name,
+                id=run_id,
+                resume="allow",
+                dir=str(run_dir),
+                mode=mode,
+                config=settings,
+                # Neither argv nor host data leave the machine; the program is known to the user.
+                settings=wandb.Settings(
+                    x_disable_meta=True,
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    silent=True,
+                ),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb did not start (mode {mode}): {error}\n"
+                "Train without the network with tracker.mode=offline, or with tracker=none."
+            ) from error
         # Our own step axis: wandb's own counter drops what a resumed run logs again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        if mode == "offline":
-            folder = Path(self._run.settings.sync_dir)
-            self.notice = f"wandb, offline; upload with: wandb sync {_relative(folder)}"
-        else:
+        if mode == "online":
             self.notice = f"wandb, {self._run.url}"
+        elif mode == "offline":
+            # Every start of a run has a folder of its own, with the same id.
+            self.notice = f"wandb, offline; upload with: wandb sync {run_dir}/wandb/offline-run-*"
+        else:
+            self.notice = f"wandb, {mode} (WANDB_MODE)"
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
@@ -160,6 +175,23 @@ class _Wandb:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def wandb_mode(config: TrackerConfig) -> str:
+    """`tracker.mode`; where that is auto, WANDB_MODE, else online only where a key is found.
+
+    Raises:
+        ConfigError: online was asked for, and there is no key.
+    """
+    mode = config.mode
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if mode == "online" and not _has_wandb_key():
+        raise ConfigError(
+            "wandb online (tracker.mode or WANDB_MODE) needs a key, and there is none in "
+            "WANDB_API_KEY or ~/.netrc. Run `wandb login`, or use tracker.mode=offline."
+        )
+    return mode
 
 
 def _has_wandb_key() -> bool:
@@ -177,7 +209,9 @@ def _has_wandb_key() -> bool:
 
 
 class _Trackio:
-    def __init__(self, config: TrackerConfig, run_name: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrackerConfig, run_name: str, run_id: str, settings: dict[str, Any]
+    ) -> None:
         try:
             import trackio
         except ImportError as error:
@@ -185,7 +219,9 @@ class _Trackio:
                 "tracker=trackio needs the trackio package: pip install 'gemtune[trackio]'"
             ) from error
         self._trackio = trackio
-        trackio.init(project=config.project, name=run_name, config=settings, resume="allow")
+        # trackio goes by the name alone; with the id in it a run that starts anew is another one.
+        name = f"{run_name}-{run_id}"
+        trackio.init(project=config.project, name=name, config=settings, resume="allow")
         self.notice = f"trackio; look with: trackio show --project {config.project}"
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
@@ -194,10 +230,3 @@ class _Trackio:
 
     def finish(self) -> None:
         self._trackio.finish()
-
-
-def _relative(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -10,7 +10,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from gemtune.checkpoint.folder import check_space
+from gemtune.checkpoint.folder import (
+    check_space,
+    is_no_space,
+    no_space_message,
+    replace,
+    staging_beside,
+)
 from gemtune.errors import CheckpointError
 
 
@@ -25,18 +31,18 @@ def export_model(
 
     Args:
         model: the plain model, adapters merged.
-        folder: where to; what stands there is replaced once the new one is whole.
+        folder: where to; what stands there is replaced once the new one is whole and on disk.
         processor_file: the source's own processor_config.json, which also describes video and
             audio; without one only the image settings are written.
 
     Raises:
         CheckpointError: it cannot be written. What stood there before stays.
     """
-    staging = folder.with_name(f".staging-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
+    needed_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    staging: Path | None = None
     try:
-        staging.mkdir(parents=True)
-        check_space(staging, sum(p.numel() * p.element_size() for p in model.parameters()))
+        staging = staging_beside(folder)
+        check_space(staging, needed_bytes)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if processor_file is not None:
@@ -44,13 +50,22 @@ def export_model(
         else:
             image_processor.save_pretrained(staging)
         _add_legacy_keys(staging / "config.json")
+        _open_to_readers(staging)
+        replace(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"The model could not be written to {folder}: {error}") from error
-    if folder.exists():
-        shutil.rmtree(folder)
-    staging.rename(folder)
+        reason = no_space_message(folder.parent, needed_bytes) if is_no_space(error) else error
+        raise CheckpointError(f"The model could not be written to {folder}: {reason}") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Weights as readable as the rest: safetensors 0.8 lets only the owner read what it writes."""
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _add_legacy_keys(path: Path) -> None:
@@ -63,8 +78,7 @@ def _add_legacy_keys(path: Path) -> None:
     config = json.loads(path.read_text())
     text = config["text_config"]
     full = next(i for i, kind in enumerate(text["layer_types"]) if kind == "full_attention")
-    overrides = {int(layer): values for layer, values in text.get("per_layer_config", {}).items()}
-    of_full = overrides.get(full, {})
+    of_full = (text.get("per_layer_config") or {}).get(str(full), {})
     text.setdefault("global_head_dim", of_full.get("head_dim", text["head_dim"]))
     text.setdefault("num_global_key_value_heads", of_full.get("num_key_value_heads"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

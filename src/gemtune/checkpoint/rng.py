@@ -10,28 +10,26 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Python, numpy, torch on the CPU, and torch on every CUDA device of this process."""
+    """Python, numpy, torch on the CPU, and torch on the CUDA device of this process."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "python": [version, list(internal), gauss_next],
         "numpy": [algorithm, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "torch": _to_hex(torch.get_rng_state()),
-        "cuda": [_to_hex(s) for s in torch.cuda.get_rng_state_all()]
-        if torch.cuda.is_available()
-        else [],
+        "cuda": _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Continue where `rng_state` was taken. CUDA states of other devices are left out."""
+    """Continue where `rng_state` was taken, on whichever CUDA device this process has now."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     algorithm, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(_from_hex(state["torch"]))
-    for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_hex(saved), device)
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
 
 
 def _to_hex(state: torch.Tensor) -> str:

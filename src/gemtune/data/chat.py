@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,21 +10,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gemtune.data.conversation import Conversation, ConversationReader
 from gemtune.data.media import EncodedImage, ImageEncoder
 from gemtune.errors import DataError
 
 IGNORE_INDEX = -100
 
-_ROLES = ("system", "user", "assistant")
 _MODEL_TURN = "<|turn>model\n"
 _TURN_END = "<turn|>"
 # What the model writes in its turn, with the token that ends it.
-_LEARNED = re.compile(re.escape(_MODEL_TURN) + r"(.*?" + re.escape(_TURN_END) + ")", re.DOTALL)
+_ANSWER = re.compile(re.escape(_MODEL_TURN) + r"(.*?" + re.escape(_TURN_END) + ")", re.DOTALL)
 
 
 @dataclass
 class Example:
-    """One row as model inputs: [S] int64 arrays, and its images in order."""
+    """One row as model inputs: two [S] integer arrays, and its images in order."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -33,14 +34,8 @@ class Example:
 
     @property
     def num_supervised_tokens(self) -> int:
+        """Labels that the shift leaves: the first token is predicted by nothing."""
         return int((self.labels[1:] != IGNORE_INDEX).sum())
-
-
-@dataclass
-class _Conversation:
-    messages: list[dict[str, Any]]
-    images: list[Image.Image]
-    where: str
 
 
 class ChatEncoder:
@@ -64,14 +59,11 @@ class ChatEncoder:
         self.images = images
         self.max_length = max_length
         self.truncate = truncate
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special_token = re.compile("|".join(map(re.escape, longest_first)))
-        self._ids = {
-            name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, name))
-            for name in ("boi_token", "image_token", "eoi_token")
-        }
-        self._empty_thought = self._prefix_of_answers()
+        self._reader = ConversationReader(tokenizer, images)
+        self._boi_id, self._image_id, self._eoi_id = tokenizer.convert_tokens_to_ids(
+            [tokenizer.boi_token, tokenizer.image_token, tokenizer.eoi_token]
+        )
+        self._answer_prefix = self._find_answer_prefix()
 
     def encode_text(self, row: dict[str, Any], where: str) -> tuple[Example, list[Image.Image]]:
         """Ids and labels, with the images opened but not decoded.
@@ -79,52 +71,35 @@ class ChatEncoder:
         Raises:
             DataError: naming the row, for anything that cannot be learned from.
         """
-        conversation = self._read(row, where)
-        if not any(m["role"] == "assistant" for m in conversation.messages):
-            raise DataError(f"{where}: no assistant message, so there is nothing to learn.")
-        text = self._render(conversation, add_generation_prompt=False)
-        spans = [match.span(1) for match in _LEARNED.finditer(text)]
-        num_assistant = sum(m["role"] == "assistant" for m in conversation.messages)
-        if len(spans) != num_assistant:
-            raise DataError(
-                f"{where}: the chat template rendered {len(spans)} model turns for {num_assistant} "
-                "assistant messages, so what is to be learned is unknown. Its model turns must "
-                f"read {_MODEL_TURN!r} ... {_TURN_END!r}."
-            )
-        if self._empty_thought and not text[spans[-1][0] :].startswith("<|channel>"):
-            # The larger sizes answer after an empty thought; it is given to them, not learned.
-            start, end = spans[-1]
-            text = text[:start] + self._empty_thought + text[start:]
-            spans[-1] = (start + len(self._empty_thought), end + len(self._empty_thought))
-        example = self._tokenize(text, spans, conversation)
+        conversation = self._reader.read(row, where)
+        example = self._tokenize(*self._render_answers(conversation), conversation)
         return self._fit(example, conversation)
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
         """The row as a training example, images decoded."""
         example, images = self.encode_text(row, where)
-        example.images = [self.images.encode(image, where) for image in images]
-        return example
+        return self._decode(example, images)
+
+    def add_images(self, example: Example, row: dict[str, Any], num_images: int) -> Example:
+        """Decode the first `num_images` of the row that the example's ids were made from."""
+        images = self._reader.read(row, example.where).images
+        return self._decode(example, images[:num_images])
 
     def encode_prompt(self, row: dict[str, Any], where: str) -> tuple[Example, str]:
         """Everything before the last assistant message, ready to generate, and that message."""
-        conversation = self._read(row, where)
-        last = max(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
-        reference = "".join(
-            part.get("text", "") for part in conversation.messages[last]["content"]
-        ).strip()
-        kept = conversation.messages[:last]
-        num_images = sum(part["type"] == "image" for m in kept for part in m["content"])
-        prompt = _Conversation(kept, conversation.images[:num_images], where)
-        example = self._tokenize(self._render(prompt, add_generation_prompt=True), [], prompt)
-        example.images = [self.images.encode(image, where) for image in prompt.images]
-        return example, reference
+        conversation = self._reader.read(row, where)
+        text, spans = self._render_answers(conversation)
+        start, end = spans[-1]
+        reference = text[start:end].removesuffix(_TURN_END).strip()
+        prompt = conversation.before_last_answer()
+        rendered = self._render(prompt, add_generation_prompt=True)
+        example = self._tokenize(rendered, [], prompt)
+        return self._decode(example, prompt.images), reference
 
-    def _prefix_of_answers(self) -> str:
+    def _find_answer_prefix(self) -> str:
         """What the generation prompt puts after `<|turn>model` (an empty thought, or nothing)."""
         probe = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-        rendered = self._render(
-            _Conversation(probe, [], "the template"), add_generation_prompt=True
-        )
+        rendered = self._render(Conversation(probe, [], "the template"), add_generation_prompt=True)
         _, found, suffix = rendered.rpartition(_MODEL_TURN)
         if not found:
             raise DataError(
@@ -133,82 +108,7 @@ class ChatEncoder:
             )
         return suffix
 
-    def _read(self, row: dict[str, Any], where: str) -> _Conversation:
-        """Check one row and bring it into one form: every content a list of parts."""
-        raw = row.get("messages")
-        if not isinstance(raw, list) or not raw:
-            raise DataError(f"{where}: 'messages' must be a list with at least one message.")
-        messages = []
-        pending = list(row.get("images") or [])
-        images: list[Image.Image] = []
-        num_given = len(pending)
-        previous = None
-        for number, message in enumerate(raw, start=1):
-            role = message.get("role") if isinstance(message, dict) else None
-            if role not in _ROLES:
-                raise DataError(
-                    f"{where}: message {number} has role {role!r}; allowed are {', '.join(_ROLES)}."
-                )
-            if role == previous or (role == "system" and number > 1):
-                raise DataError(
-                    f"{where}: message {number} ({role}) is out of order: an optional system "
-                    "message comes first, then user and assistant take turns."
-                )
-            previous = role
-            parts = self._parts(message.get("content"), role, f"{where}, message {number}")
-            for part in parts:
-                if part["type"] == "image":
-                    images.append(self._take_image(part, pending, where, num_given))
-            messages.append({"role": role, "content": parts})
-        if pending:
-            raise DataError(
-                f"{where}: {num_given} images are given but the messages have "
-                f'{num_given - len(pending)} image parts ({{"type": "image"}}).'
-            )
-        return _Conversation(messages, images, where)
-
-    def _take_image(
-        self, part: dict[str, Any], pending: list[Any], where: str, num_given: int
-    ) -> Image.Image:
-        inline = next((part.pop(k) for k in ("image", "path", "url") if part.get(k)), None)
-        if inline is None and not pending:
-            raise DataError(
-                f"{where}: the messages have more image parts than the {num_given} images given "
-                "in 'images'."
-            )
-        return self.images.open(inline if inline is not None else pending.pop(0), where)
-
-    def _parts(self, content: Any, role: str, where: str) -> list[dict[str, Any]]:
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not isinstance(content, list) or not content:
-            raise DataError(f"{where}: 'content' must be a text or a list of parts.")
-        parts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in ("text", "image") or (kind == "image" and role != "user"):
-                raise DataError(
-                    f"{where}: a part of type {kind!r} is not read from the {role} role. "
-                    "Text may stand anywhere, images in user messages."
-                )
-            if kind == "text":
-                self._check_text(part.get("text"), where)
-            # Parquet fills the fields that a part does not have with null.
-            parts.append({key: value for key, value in part.items() if value is not None})
-        if role == "assistant" and not "".join(p.get("text", "") for p in parts).strip():
-            raise DataError(f"{where}: the assistant message is empty.")
-        return parts
-
-    def _check_text(self, text: Any, where: str) -> None:
-        if not isinstance(text, str):
-            raise DataError(f"{where}: a text part needs a 'text' string, not {text!r}.")
-        if found := self._special_token.search(text):
-            raise DataError(
-                f"{where}: the text contains {found.group()!r}, which the tokenizer reads as a "
-                "control token. Remove it, or write it apart."
-            )
-
-    def _render(self, conversation: _Conversation, *, add_generation_prompt: bool) -> str:
+    def _render(self, conversation: Conversation, *, add_generation_prompt: bool) -> str:
         import jinja2
 
         try:
@@ -220,29 +120,52 @@ class ChatEncoder:
                 f"{conversation.where}: the chat template refuses it: {error}"
             ) from error
 
+    def _render_answers(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text, and where in it each answer with its `<turn|>` stands."""
+        text = self._render(conversation, add_generation_prompt=False)
+        spans = [match.span(1) for match in _ANSWER.finditer(text)]
+        num_answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        if len(spans) != num_answers:
+            raise DataError(
+                f"{conversation.where}: the chat template rendered {len(spans)} model turns for "
+                f"{num_answers} assistant messages, so what is to be learned is unknown. Its model "
+                f"turns must read {_MODEL_TURN!r} ... {_TURN_END!r}."
+            )
+        if prefix := self._answer_prefix:
+            # The larger sizes answer after an empty thought: it is given to them, not learned.
+            # Their templates leave it out of answers already given.
+            start, end = spans[-1]
+            if not text.startswith(prefix, start):
+                text = text[:start] + prefix + text[start:]
+                spans[-1] = (start, end + len(prefix))
+            spans = [
+                (start + len(prefix) if text.startswith(prefix, start) else start, end)
+                for start, end in spans
+            ]
+        return text, spans
+
     def _tokenize(
-        self, text: str, spans: list[tuple[int, int]], conversation: _Conversation
+        self, text: str, spans: list[tuple[int, int]], conversation: Conversation
     ) -> Example:
-        """Ids of the rendered text, image placeholders expanded, the spans as labels."""
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        """Ids of the rendered text, image placeholders expanded, the spans as labels.
+
+        What is learned is tokenized apart from what is given, so that no token reaches across an
+        edge: the ids before an answer are those of its prompt, and all of the answer is learned.
+        """
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
+        tokenized = self.tokenizer(
+            pieces, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         ids: list[int] = []
         labels: list[int] = []
         remaining = iter(conversation.images)
-        span_ends = iter([*spans, (len(text) + 1, len(text) + 1)])
-        start, end = next(span_ends)
-        for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            while first >= end:
-                start, end = next(span_ends)
-            if token == self._ids["image_token"]:
-                image = next(remaining, None)
-                if image is None:
-                    raise DataError(f"{conversation.where}: the template rendered extra images.")
-                num_soft = self.images.num_soft_tokens(image, conversation.where)
-                ids += [self._ids["boi_token"], *[token] * num_soft, self._ids["eoi_token"]]
-                labels += [IGNORE_INDEX] * (num_soft + 2)
-            else:
-                ids.append(token)
-                labels.append(token if first >= start and last <= end else IGNORE_INDEX)
+        for number, piece in enumerate(tokenized):
+            is_answer = number % 2 == 1
+            if not is_answer and self._image_id in piece:
+                piece = self._expand_images(piece, remaining, conversation.where)
+            ids += piece
+            labels += piece if is_answer else [IGNORE_INDEX] * len(piece)
         if next(remaining, None) is not None:
             raise DataError(
                 f"{conversation.where}: the chat template dropped an image, so it is no template "
@@ -250,8 +173,35 @@ class ChatEncoder:
             )
         return Example(np.array(ids), np.array(labels), where=conversation.where)
 
+    def _expand_images(self, ids: list[int], images: Any, where: str) -> list[int]:
+        """Each placeholder becomes begin, one token for each soft token of its image, end."""
+        expanded: list[int] = []
+        for token in ids:
+            if token != self._image_id:
+                expanded.append(token)
+                continue
+            image = next(images, None)
+            if image is None:
+                raise DataError(f"{where}: the chat template rendered extra images.")
+            num_soft_tokens = self.images.num_soft_tokens(image, where)
+            expanded += [self._boi_id, *[token] * num_soft_tokens, self._eoi_id]
+        return expanded
+
+    def _decode(self, example: Example, images: list[Image.Image]) -> Example:
+        """The example with its images as patches."""
+        example.images = [self.images.encode(image, example.where) for image in images]
+        # The count was made from the header; the file may have changed since.
+        num_expected = int((example.input_ids == self._image_id).sum())
+        num_found = sum(image.num_soft_tokens for image in example.images)
+        if num_found != num_expected:
+            raise DataError(
+                f"{example.where}: its images take {num_found} tokens where {num_expected} were "
+                "counted when the row was checked. Was a file changed?"
+            )
+        return example
+
     def _fit(
-        self, example: Example, conversation: _Conversation
+        self, example: Example, conversation: Conversation
     ) -> tuple[Example, list[Image.Image]]:
         """Refuse or cut a row that is too long; refuse one without a label."""
         where, images = conversation.where, conversation.images
@@ -263,8 +213,8 @@ class ChatEncoder:
                     "Raise it, cut text with data.truncate=right, or leave such rows out with "
                     "data.on_bad_row=skip."
                 )
-            begins = np.flatnonzero(example.input_ids == self._ids["boi_token"])
-            ends = np.flatnonzero(example.input_ids == self._ids["eoi_token"])
+            begins = np.flatnonzero(example.input_ids == self._boi_id)
+            ends = np.flatnonzero(example.input_ids == self._eoi_id)
             for begin, end in zip(begins, ends, strict=True):
                 if begin < self.max_length <= end:
                     raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemtune.data.chat import ChatEncoder, Example
+from gemtune.data.chat import IGNORE_INDEX, ChatEncoder, Example
 from gemtune.data.collate import Batch, collate
 from gemtune.data.media import ImageEncoder
 from gemtune.data.sources import Source, read_source
@@ -54,6 +54,16 @@ class DataConfig:
             raise ConfigError(f"data.eval_fraction={self.eval_fraction} must be in [0, 1).")
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A good row: where it stands in the source, and its [S] int32 ids and labels."""
+
+    index: int
+    ids: np.ndarray
+    labels: np.ndarray
+    num_images: int
+
+
 class ChatDataset:
     """Rows that were found good, in the order of the source.
 
@@ -64,13 +74,13 @@ class ChatDataset:
         self.source = source
         self.encoder = encoder
         self.rejected: list[str] = []
-        self._kept: list[tuple[int, np.ndarray, np.ndarray, int]] = []
+        self._kept: list[_Kept] = []
 
     def check(
         self, indices: Sequence[int], on_bad_row: str, progress: Callable[[int, int], None]
     ) -> None:
         """Encode the text of every row. A bad one raises, or is left out and named."""
-        for done, index in enumerate(indices):
+        for done, index in enumerate(indices, start=1):
             try:
                 example, images = self.encoder.encode_text(
                     self.source.rows[index], self.source.describe(index)
@@ -79,28 +89,31 @@ class ChatDataset:
                 if on_bad_row == "error":
                     raise
                 self.rejected.append(str(error))
-                continue
-            ids, labels = example.input_ids.astype(np.int32), example.labels.astype(np.int32)
-            self._kept.append((index, ids, labels, len(images)))
-            progress(done + 1, len(indices))
+            else:
+                self._keep(index, example, len(images))
+            progress(done, len(indices))
+
+    def _keep(self, index: int, example: Example, num_images: int) -> None:
+        ids, labels = example.input_ids.astype(np.int32), example.labels.astype(np.int32)
+        self._kept.append(_Kept(index, ids, labels, num_images))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, i: int) -> Example:
-        index, ids, labels, num_images = self._kept[i]
-        where = self.source.describe(index)
-        if not num_images:
-            return Example(ids, labels, [], where)
-        return self.encoder.encode(self.source.rows[index], where)
+        kept = self._kept[i]
+        example = Example(kept.ids, kept.labels, where=self.source.describe(kept.index))
+        if not kept.num_images:
+            return example
+        return self.encoder.add_images(example, self.source.rows[kept.index], kept.num_images)
 
     def row(self, i: int) -> dict[str, Any]:
         """The row as the source has it."""
-        return self.source.rows[self._kept[i][0]]
+        return self.source.rows[self._kept[i].index]
 
     def prompt(self, i: int) -> tuple[Example, str]:
         """The row up to its last answer, and that answer."""
-        return self.encoder.encode_prompt(self.row(i), self.source.describe(self._kept[i][0]))
+        return self.encoder.encode_prompt(self.row(i), self.source.describe(self._kept[i].index))
 
     def batch(self, examples: Sequence[Example], padding_side: str = "right") -> Batch:
         """Collate with this tokenizer's padding."""
@@ -114,19 +127,19 @@ class ChatDataset:
 
     @property
     def num_images(self) -> int:
-        return sum(kept[3] for kept in self._kept)
+        return sum(kept.num_images for kept in self._kept)
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(kept[1]) for kept in self._kept)
+        return sum(len(kept.ids) for kept in self._kept)
 
     @property
     def num_supervised_tokens(self) -> int:
-        return sum(int((kept[2][1:] >= 0).sum()) for kept in self._kept)
+        return sum(int((kept.labels[1:] != IGNORE_INDEX).sum()) for kept in self._kept)
 
     @property
     def longest_row_tokens(self) -> int:
-        return max((len(kept[1]) for kept in self._kept), default=0)
+        return max((len(kept.ids) for kept in self._kept), default=0)
 
 
 def prepare(

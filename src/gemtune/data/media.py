@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from gemtune.errors import DataError
+
+# How to turn an image upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
 
 
 @dataclass
 class EncodedImage:
-    """One image as patches.
+    """One image as patches, without padding.
 
-    `pixels` is [P, 3 * patch_size**2] float32 in [0, 1] and `positions` [P, 2] int64 (x, y),
-    without padding; P is the soft-token count times pooling**2.
+    `pixels` is [P, 3 * patch_size**2] float32 in [0, 1] and `positions` [P, 2] int64 (x, y);
+    P is the soft-token count times pooling**2.
     """
 
     pixels: np.ndarray
     positions: np.ndarray
+    num_soft_tokens: int
 
 
 class ImageEncoder:
     """Turns images into patches as the checkpoint's own image processor does.
+
+    EXIF orientation is applied first, and what is transparent becomes white.
 
     Args:
         processor: a `Gemma4ImageProcessorPil`.
@@ -50,52 +66,59 @@ class ImageEncoder:
             image = image["bytes"] if image.get("bytes") is not None else image.get("path")
         if isinstance(image, Image.Image):
             return image
+        if not isinstance(image, bytes | str):
+            raise DataError(
+                f"{where}: an image must be bytes, a file path or a PIL image, not "
+                f"{type(image).__name__}."
+            )
+        file = io.BytesIO(image) if isinstance(image, bytes) else self._path(image, where)
         try:
-            if isinstance(image, bytes):
-                return Image.open(io.BytesIO(image))
-            if isinstance(image, str):
-                return Image.open(self._path(image, where))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                return Image.open(file)
         except FileNotFoundError as error:
-            raise DataError(f"{where}: there is no image file {error.filename}.") from error
-        except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
+            raise DataError(f"{where}: there is no image file {file}.") from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"{where}: the image is too large. Make it smaller. ({error})"
+            ) from error
+        except (OSError, ValueError) as error:
             raise DataError(f"{where}: not an image that can be read ({error}).") from error
-        raise DataError(
-            f"{where}: an image must be bytes, a file path or a PIL image, not "
-            f"{type(image).__name__}."
-        )
 
     def num_soft_tokens(self, image: Image.Image, where: str) -> int:
         """How many placeholder tokens the image takes, from its size alone."""
-        width, height = self._fit(*_upright_size(image), where)
+        width, height = image.size
+        if _orientation(image, where) in _SWAPS_SIDES:
+            width, height = height, width
+        width, height = self._fit(width, height)
         return (width // self._grid) * (height // self._grid)
 
     def encode(self, image: Image.Image, where: str) -> EncodedImage:
         """Patches and their positions. Raises DataError if the pixels cannot be decoded."""
-        try:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{where}: the image is damaged ({error}).") from error
+        turn = _TURNS.get(_orientation(image, where))
+        upright = _to_rgb(image, where)
+        if turn is not None:
+            upright = upright.transpose(turn)
         # A processor that does not resize (the tiny model's) still takes images of any size:
         # those already on its patch grid go in untouched, the rest are resized as usual.
-        on_grid = self._on_grid(*upright.size)
         features = self.processor(
             upright,
-            do_resize=self.processor.do_resize or not on_grid,
+            do_resize=self.processor.do_resize or not self._on_grid(*upright.size),
             return_tensors="np",
         )
-        num_patches = int(features["num_soft_tokens_per_image"][0]) * (
-            self.processor.pooling_kernel_size**2
-        )
+        num_soft_tokens = int(features["num_soft_tokens_per_image"][0])
+        num_patches = num_soft_tokens * self.processor.pooling_kernel_size**2
         return EncodedImage(
             np.asarray(features["pixel_values"][0][:num_patches], dtype=np.float32),
             np.asarray(features["image_position_ids"][0][:num_patches], dtype=np.int64),
+            num_soft_tokens,
         )
 
     def _on_grid(self, width: int, height: int) -> bool:
         patches = (width // self.processor.patch_size) * (height // self.processor.patch_size)
         return not width % self._grid and not height % self._grid and patches <= self._max_patches
 
-    def _fit(self, width: int, height: int, where: str) -> tuple[int, int]:
+    def _fit(self, width: int, height: int) -> tuple[int, int]:
         """The size that the processor resizes to: as large as the patch budget allows, aspect
         kept, sides rounded down to the grid."""
         if not self.processor.do_resize and self._on_grid(width, height):
@@ -104,9 +127,8 @@ class ImageEncoder:
         factor = math.sqrt(budget / (width * height))
         fitted_width = math.floor(factor * width / self._grid) * self._grid
         fitted_height = math.floor(factor * height / self._grid) * self._grid
-        longest = (self._max_patches // self.processor.pooling_kernel_size**2) * self._grid
-        if fitted_width == 0 and fitted_height == 0:
-            raise DataError(f"{where}: an image of {width}x{height} pixels is too thin to encode.")
+        # The budget is many squares of the grid, so that only one side can round down to nothing.
+        longest = self.processor.max_soft_tokens * self._grid
         if fitted_height == 0:
             return min(math.floor(width / height) * self._grid, longest), self._grid
         if fitted_width == 0:
@@ -114,15 +136,53 @@ class ImageEncoder:
         return fitted_width, fitted_height
 
     def _path(self, path: str, where: str) -> Path:
-        if "://" in path:
-            raise DataError(f"{where}: images are not fetched from URLs ({path}). Save it first.")
+        if "://" in path or path.startswith("data:"):
+            raise DataError(
+                f"{where}: images are not fetched from URLs ({path[:80]}). Save it first."
+            )
         candidate = Path(path).expanduser()
         if not candidate.is_absolute() and self.media_root is not None:
             candidate = self.media_root / candidate
         return candidate
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    orientation = image.getexif().get(0x0112, 1)
-    width, height = image.size
-    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+def _orientation(image: Image.Image, where: str) -> int:
+    """EXIF orientation as the header has it, 1 where it has none that can be read."""
+    if image.format == "TIFF":
+        _load(image, where)  # Pillow turns these itself, and which size it gives before varies
+    try:
+        # Not image.getexif(): of a PNG it decodes every pixel to look behind them, and is four
+        # times the cost of the whole check of a row. Behind them, orientation is not looked for.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # what Pillow raises from malformed EXIF is not one family
+        return 1
+
+
+def _load(image: Image.Image, where: str) -> None:
+    try:
+        image.load()
+    except Exception as error:  # decoders of a dozen formats: OSError, SyntaxError, struct.error...
+        raise DataError(f"{where}: the image is damaged ({error}).") from error
+
+
+def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+    _load(image, where)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow would cut every value above 255 to white.
+        values = np.asarray(image)
+        if values.min() >= 0 and values.max() <= 0xFFFF:
+            return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{where}: the image has 32-bit values (mode {image.mode}), of which white is unknown. "
+            "Save it with 8 bits a channel."
+        )
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        # As transformers does in its later releases; convert("RGB") alone shows hidden colours.
+        visible = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, visible).convert("RGB")
+    except ValueError as error:
+        raise DataError(f"{where}: the image cannot become RGB ({error}).") from error

@@ -32,12 +32,31 @@ class Source:
         return f"{self.name} row {index}"
 
 
+class _PlainRows(Sequence):
+    """Rows of a `datasets` table as they are stored: an image stays {bytes, path}.
+
+    Images are decoded when a batch needs them, and by our own code, which names the row.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self._table = table.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._table[index].to_pylist()[0]
+
+
 def resolve_path(path: str) -> str:
     """`bundled:NAME/FILE` -> the file inside the package; anything else as it is."""
     if path.startswith(_BUNDLED):
-        assets = Path(str(importlib.resources.files("gemtune"))) / "assets"
-        return str(assets / path.removeprefix(_BUNDLED))
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+        return str(_assets() / path.removeprefix(_BUNDLED))
+    return str(Path(path).expanduser())
+
+
+def _assets() -> Path:
+    return Path(str(importlib.resources.files("gemtune"))) / "assets"
 
 
 def read_source(path: str, split: str, key: str) -> Source:
@@ -65,6 +84,12 @@ def read_source(path: str, split: str, key: str) -> Source:
         raise DataError(
             f"{key}={path}: files ending in '{local.suffix}' are not read. "
             f"Give {' or '.join(_SUFFIXES)}."
+        )
+    elif path.startswith(_BUNDLED):
+        bundled = sorted(f.relative_to(_assets()).as_posix() for f in _assets().rglob("*.parquet"))
+        raise DataError(
+            f"{key}={path}: the package holds no such file. It holds "
+            f"{', '.join(_BUNDLED + name for name in bundled)}."
         )
     elif _looks_like_hub_id(path):
         source = _read_hub(path, split, key)
@@ -94,24 +119,31 @@ def _looks_like_hub_id(path: str) -> bool:
 def _read_jsonl(path: Path) -> Source:
     rows: list[dict[str, Any]] = []
     line_numbers: list[int] = []
+    number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:  # as bytes: each is decoded where its number is known
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
                     continue
-                row = json.loads(line)
+                row = json.loads(text)
                 if not isinstance(row, dict):
                     raise DataError(f"{path} line {number}: a row must be a JSON object {{...}}.")
                 rows.append(row)
                 line_numbers.append(number)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {number}: not valid JSON ({error.msg}).") from error
+        raise DataError(
+            f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno}). Each line "
+            "must hold one whole object."
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 after line {len(line_numbers)} ({error.reason}). "
-            "Convert it: iconv -f LATIN1 -t UTF-8 FILE."
+            f"{path} line {number}: not UTF-8 ({error.reason}). Convert the file, for example: "
+            "iconv -f LATIN1 -t UTF-8 FILE > NEW"
         ) from error
-    return Source(rows, str(path), path.parent, line_numbers)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    return Source(rows, str(path), path.parent.absolute(), line_numbers)
 
 
 def _read_parquet(path: Path) -> Source:
@@ -120,14 +152,14 @@ def _read_parquet(path: Path) -> Source:
     shows_progress = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # a local file is mapped, not read
     try:
-        table = _without_decoding(datasets.Dataset.from_parquet(str(path)))
+        table = datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # datasets wraps what pyarrow raises in its own generic error
         cause = error.__cause__ or error
         raise DataError(f"{path} cannot be read as Parquet: {cause}") from error
     finally:
         if shows_progress:
             datasets.enable_progress_bars()
-    return Source(table, str(path), path.parent)
+    return Source(_PlainRows(table), str(path), path.parent.absolute())
 
 
 def _read_hub(path: str, split: str, key: str) -> Source:
@@ -142,17 +174,4 @@ def _read_hub(path: str, split: str, key: str) -> Source:
             "Check the name and the network, run `hf auth login` if it is gated, or give a local "
             f"file: {key}=FILE.jsonl"
         ) from error
-    return Source(_without_decoding(table), f"{path}[{split}]", None)
-
-
-def _without_decoding(table: Any) -> Any:
-    """Images stay {bytes, path}: they are decoded when a batch needs them, and by our own code."""
-    import datasets
-
-    images = table.features.get("images")
-    if images is None:
-        return table
-    inner = getattr(images, "feature", images[0] if isinstance(images, list) else images)
-    if isinstance(inner, datasets.Image):
-        table = table.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    return table
+    return Source(_PlainRows(table), f"{path}[{split}]", None)

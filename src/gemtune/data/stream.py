@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from gemtune.data.collate import Batch
 from gemtune.data.dataset import ChatDataset
 from gemtune.data.order import micro_batches
+from gemtune.errors import DataError
 
 
 @dataclass
@@ -39,7 +40,7 @@ class BatchStream:
             # random numbers are the same with and without workers.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        return _raising(iter(loader))
 
     def rows_of(self, step: int) -> list[list[int]]:
         """Dataset indices of this rank's micro-batches at a step (from 0)."""
@@ -59,8 +60,17 @@ class BatchStream:
 class _Steps(Dataset):
     stream: BatchStream
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> list[Batch] | DataError:
         dataset = self.stream.dataset
-        return [
-            dataset.batch([dataset[i] for i in indices]) for indices in self.stream.rows_of(step)
-        ]
+        try:
+            return [dataset.batch([dataset[i] for i in rows]) for rows in self.stream.rows_of(step)]
+        except DataError as error:
+            # Handed over, not raised: PyTorch would put a worker's traceback into its message.
+            return error
+
+
+def _raising(steps: Iterator[list[Batch] | DataError]) -> Iterator[list[Batch]]:
+    for batches in steps:
+        if isinstance(batches, DataError):
+            raise batches
+        yield batches

@@ -40,8 +40,8 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, LinearCrossEntropyMetrics]:
     """Return the loss and exact gradients of cross-entropy over softcap(hidden @ weight.T).
 
-    The cap is softcap * tanh(logits / softcap). A token's loss is its cross-entropy, smoothed as
-    in torch, plus z_loss_weight * logsumexp^2.
+    softcap(x) is softcap * tanh(x / softcap). A token's loss is its cross-entropy, smoothed as in
+    torch, plus z_loss_weight * logsumexp^2. `metrics` adds sums over tokens from the same pass.
 
     Shapes: hidden [..., H], weight [V, H], labels [...] already shifted; the loss is 0-d, or
     shaped as labels (0 where ignored) with reduction="none".
@@ -58,28 +58,22 @@ def linear_cross_entropy(
     2 MiB on CPU or 64 MiB elsewhere for scratch (twice with metrics), and until backward the
     gradients in the accumulator dtype. CPU widens half-precision weights 16 MiB at a time.
     Waits for an accelerator once, to count the supervised labels and find labels out of range.
-    With `metrics`, returns (loss, LinearCrossEntropyMetrics) from the same pass.
-
     Refused: shapes, dtypes or devices that do not fit, labels outside [0, V) other than
     ignore_index, DTensors, a second backward with "mean" and "sum", double differentiation.
 
-    Sources: Liger-Kernel#1203 (head gradient kept in float32), TRL's chunked loss, and Cut
-    Cross-Entropy (arXiv:2411.09009).
+    Sources: Liger-Kernel#1203 (float32 head gradient), TRL, Cut Cross-Entropy (arXiv:2411.09009).
     """
     check_tensors(hidden, weight, labels)
     check_options(softcap, reduction, num_items, label_smoothing, z_loss_weight, chunk_bytes)
     matmul_dtype = choose_matmul_dtype(hidden, weight)
-    vocab_size, hidden_size = weight.shape
-    kept, targets = keep_supervised(labels, ignore_index, vocab_size)
+    kept, targets = keep_supervised(labels, ignore_index, weight.shape[0])
     scale = reduction_scale(reduction, num_items, targets, accumulator_dtype(matmul_dtype))
-    if chunk_bytes is None:
-        on_cpu = hidden.device.type == "cpu"
-        chunk_bytes = CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES
+    default_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    chunk_bytes = chunk_bytes or default_bytes
     settings = Settings(softcap, label_smoothing, z_loss_weight, chunk_bytes, metrics, matmul_dtype)
-    rows = hidden.reshape(-1, hidden_size)
+    rows = hidden.reshape(-1, weight.shape[1])
     if kept is not None:
         rows = rows.index_select(0, kept)
-
     if reduction == "none":
         losses, *sums = PerTokenLoss.apply(rows, weight, targets, settings)
         if kept is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from gemtune.errors import ConfigError, ModelError
@@ -47,20 +49,21 @@ class ModelConfig:
 
 
 @dataclass
-class GemmaBundle:
-    """A model and what turns conversations into its inputs."""
+class Processing:
+    """What turns conversations into model inputs, and the configuration of the model."""
 
-    model: nn.Module
     tokenizer: Any
     image_processor: Any
+    model_config: Any
     source: str
     """The hub id or folder it was read from."""
+    hub_options: dict[str, str]
     processor_file: Path | None
     """Its processor_config.json, which also describes video and audio, where it has one."""
 
 
-def load(config: ModelConfig, seed: int) -> GemmaBundle:
-    """Model, tokenizer and image processor, on the CPU, in training mode, with parts frozen.
+def load_processing(config: ModelConfig) -> Processing:
+    """Tokenizer, image processor and configuration: small files, no weights.
 
     The image processor is the PIL one: it needs no torchvision and gives the same pixels.
 
@@ -69,7 +72,10 @@ def load(config: ModelConfig, seed: int) -> GemmaBundle:
     """
     from transformers import AutoTokenizer
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     source = _resolve(config.path)
     hub = {} if Path(source).is_dir() else {"revision": config.revision}
     model_config = _read(source, lambda: _read_model_config(source, hub))
@@ -80,21 +86,28 @@ def load(config: ModelConfig, seed: int) -> GemmaBundle:
             f"{source} has no chat template (base models ship none). Use the instruction-tuned "
             "checkpoint (its name ends in -it), or copy its chat_template.jinja there."
         )
-    model = _build(config, source, hub, model_config, seed)
+    processor_file = _processor_file(source, hub)
+    return Processing(tokenizer, image_processor, model_config, source, hub, processor_file)
+
+
+def load_model(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
+    """The model on the CPU, in training mode, with parts frozen.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    model = _build(config, processing, seed)
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
         # Reentrant checkpointing gives wrong gradients with KV sharing (unsloth-zoo#813).
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    processor_file = _processor_file(source, hub)
-    return GemmaBundle(model, tokenizer, image_processor, source, processor_file)
+    return model.train()
 
 
-def _build(
-    config: ModelConfig, source: str, hub: dict[str, str], model_config: Any, seed: int
-) -> nn.Module:
+def _build(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
     from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 
+    source, hub, model_config = processing.source, processing.hub_options, processing.model_config
     # A dict, because asking for SDPA as a whole is refused where there is an audio tower.
     attention = {"text_config": config.attention, "vision_config": config.attention}
     dtype = _DTYPES[config.dtype]
@@ -107,12 +120,25 @@ def _build(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model
-    return _read(
+    model, found = _read(
         source,
         lambda: Gemma4ForConditionalGeneration.from_pretrained(
-            source, config=model_config, dtype=dtype, attn_implementation=attention, **hub
+            source,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **hub,
         ),
     )
+    if found["missing_keys"]:
+        # transformers would go on with random values in their place.
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]}: the "
+            "download is incomplete, or config.json belongs to another checkpoint."
+        )
+    return model
 
 
 def _read_model_config(source: str, hub: dict[str, str]) -> Any:
@@ -169,7 +195,7 @@ def _read(source: str, read: Any) -> Any:
     """`read()`, with what can go wrong on the way to the hub or in a folder put in plain words."""
     try:
         return read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if Path(source).is_dir():
             raise ModelError(

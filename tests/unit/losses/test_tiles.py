@@ -11,6 +11,15 @@ from gemtune.losses.tiles import rows_per_chunk
 IGNORE = -100
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors wait for busy cores longer than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def problem(num_rows=37, hidden_size=13, vocab_size=101, ignored=0.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_rows, hidden_size, generator=generator, dtype=torch.float64)
@@ -183,7 +192,7 @@ def test_dtensor_is_refused():
 
     hidden, weight, labels = problem()
     sharded = weight.detach().as_subclass(Sharded)
-    with pytest.raises(TypeError, match="weight.*DTensor.*FSDP"):
+    with pytest.raises(TypeError, match=r"weight.*DTensor.*FSDP"):
         linear_cross_entropy(hidden, sharded, labels)
 
 
@@ -193,3 +202,32 @@ def test_mismatched_float64_is_refused_under_autocast_too():
         linear_cross_entropy(hidden.float(), weight, labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear_cross_entropy(hidden, weight, labels).dtype == torch.float64
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_half_gradients_share_the_buffer_of_the_logits(softcap, monkeypatch):
+    """The layout used on CUDA, with its half-to-float32 matmuls emulated on the CPU."""
+
+    def emulated(out, a, b, *, alpha=1.0, keep=False):
+        assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+        out.copy_(alpha * (a.double() @ b.double()) + (out.double() if keep else 0.0))
+
+    hidden, weight, labels = problem(512, 64, 997, ignored=0.25, dtype=torch.bfloat16)
+    # Leaves in float64, or autograd would round the reference.
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    logits = exact[0] @ exact[1].T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, labels)
+    exact_grads = torch.autograd.grad(expected, exact)
+
+    monkeypatch.setattr("gemtune.losses.tiles.mixed_matmul_support", lambda *_: (True, True))
+    monkeypatch.setattr("gemtune.losses.tiles.multiply_into", emulated)
+    monkeypatch.setattr("gemtune.losses.tiles.CPU_TILE_BYTES", 997 * 4 * 7)
+    for num_chunks in (1, 4):
+        loss = linear_cross_entropy(
+            hidden, weight, labels, softcap=softcap, chunk_bytes=997 * 4 * (384 // num_chunks)
+        )
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        for ours, theirs in zip(grads, exact_grads, strict=True):
+            assert (ours.double() - theirs).norm() <= 2.6e-3 * theirs.norm()

@@ -1,0 +1,35 @@
+"""Plain words for what Hydra says when a group, a choice or a section does not exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gemtune.options import did_you_mean
+
+_NO_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")
+_NO_GROUP = re.compile(r"Could not override '([^']+)'")
+
+
+def explain(message: str, config_dir: Path) -> str:
+    """Hydra's message, or a shorter one that lists what there is and names the nearest.
+
+    Args:
+        message: text of a Hydra exception.
+        config_dir: the folder with one folder per group.
+    """
+    if found := _NO_CHOICE.search(message):
+        group, choice = found.groups()
+        choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+        return (
+            f"{group}={choice}: there is no such {group}.{did_you_mean(choice, choices)} "
+            f"Choices: {', '.join(choices)}."
+        )
+    if found := _NO_GROUP.search(message):
+        key = found.group(1)
+        groups = sorted({path.parent.name for path in config_dir.glob("*/*.yaml")})
+        return (
+            f"{key}: there is no such group.{did_you_mean(key, groups)} "
+            f"Groups: {', '.join(groups)}. Keys have a dot: optim.lr=1e-3."
+        )
+    return message.partition("\nConfig search path:")[0].rstrip()

@@ -1,0 +1,84 @@
+"""The gradient depends on the rows alone, and a gradient that is not finite changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recipes.gemma4_sft as recipe
+from conftest import TrainRun
+
+from gemtune.errors import TrainingError
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """NaN in the images of the last micro-batch of these steps."""
+    original = recipe.batch_stream
+
+    def stream(*args: Any) -> Any:
+        batches = original(*args)
+
+        def poisoned(first: int, last: int) -> Iterator[Any]:
+            for step, micro_batches in enumerate(batches(first, last), start=first + 1):
+                if step in steps:
+                    micro_batches[-1].inputs["pixel_values"].fill_(math.nan)
+                yield micro_batches
+
+        return poisoned
+
+    monkeypatch.setattr(recipe, "batch_stream", stream)
+
+
+# Adam divides by the size of the gradient: with its usual eps, entries that are zero but for
+# rounding move as far as any other, and every rounding error becomes a visible one.
+SMOOTH = ("optim.eps=0.01", "optim.lr=0.01")
+
+
+def test_micro_batch_size_decides_nothing(train_run: TrainRun, tmp_path: Path) -> None:
+    first, *others = [
+        train_run(*SMOOTH, f"loop.micro_batch_size={size}", run_dir=tmp_path / str(size))
+        for size in (4, 2, 8)
+    ]
+    # Rows of different numbers of supervised tokens: a mean of means would differ.
+    assert any(m["train/supervised_tokens"] % 8 for m in first.metrics()[1:])
+    assert first.losses()[4] < first.losses()[1] - 0.5
+    for run in others:
+        assert run.losses() == pytest.approx(first.losses(), rel=1e-6)
+        for mine, other in zip(run.metrics()[1:], first.metrics()[1:], strict=True):
+            assert mine["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-4)
+            assert mine["train/supervised_tokens"] == other["train/supervised_tokens"]
+
+
+def test_patches_decide_nothing(train_run: TrainRun, tmp_path: Path) -> None:
+    patched = train_run(*SMOOTH)
+    stock = train_run(*SMOOTH, "patches=[]", run_dir=tmp_path / "stock")
+    assert stock.losses() == pytest.approx(patched.losses(), rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    train_run: TrainRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    poison(monkeypatch, 2)
+    run = train_run("checkpoint.every_steps=1", "checkpoint.keep_last=9")
+    first, second, third, _ = run.checkpoints()
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (second / file).read_bytes() == (first / file).read_bytes()
+        assert (third / file).read_bytes() != (first / file).read_bytes()
+    assert [m.get("train/nonfinite_steps") for m in run.metrics()] == [None, 0, 1, 1, 1]
+    assert run.metrics()[2]["train/loss"] is None
+    assert all(math.isfinite(m["train/loss"]) for m in run.metrics() if m["step"] in (1, 3, 4))
+    assert "step 2: loss nan" in capsys.readouterr().out
+
+
+def test_too_many_such_steps_end_the_run(
+    train_run: TrainRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 2, 3)
+    with pytest.raises(TrainingError) as stopped:
+        train_run("loop.max_nonfinite_steps=1", "checkpoint.every_steps=1")
+    text = str(stopped.value)
+    assert "step 3" in text and text.count("train.parquet row ") == 8
+    assert "2 such steps, 1 allowed" in text

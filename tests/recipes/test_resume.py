@@ -1,0 +1,221 @@
+"""A run that is cut anywhere and started again is the run that was never cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, SMALL, RunFolder, TrainRun
+
+from gemtune.errors import CheckpointError, ConfigError
+from gemtune.reporting import Reporter
+
+LORA = ("recipe=gemma4_lora", "adapter.dropout=0.1")
+
+
+def press_ctrl_c_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send a real SIGINT once `step` is recorded: the loop sees it in the next step."""
+    original = Reporter.training
+
+    def training(self: Reporter, record: dict) -> None:
+        original(self, record)
+        if self._state.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Reporter, "training", training)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file with its time and content."""
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture
+def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """The finished run, at the place where `train_run` looks."""
+    folder = tmp_path / "runs" / "run"
+    shutil.copytree(finished_run.path, folder)
+    return RunFolder(folder, 0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("data.num_workers=2",),
+        ("model.gradient_checkpointing=true",),
+        LORA,
+        (*LORA, "model.gradient_checkpointing=true", "data.num_workers=2"),
+    ],
+    ids=["plain", "workers", "recompute", "lora-dropout", "lora-dropout-recompute-workers"],
+)
+def test_ctrl_c_and_the_same_command_again(
+    train_run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    whole = train_run(*overrides, run_dir=tmp_path / "whole")
+
+    with monkeypatch.context() as patched:
+        press_ctrl_c_after(patched, step=1)
+        cut = train_run(*overrides)
+    assert cut.status == 130
+    assert [p.name for p in cut.checkpoints()] == ["step_00000002"]
+    assert not (cut.path / "model").exists()
+
+    resumed = train_run(*overrides)
+    assert resumed.status == 0
+    assert resumed.losses() == whole.losses()
+    assert [m["step"] for m in resumed.metrics()] == [0, 1, 2, 3, 4]
+    assert resumed.training_state() == whole.training_state()
+    assert resumed.metrics()[-1]["eval/loss"] == whole.metrics()[-1]["eval/loss"]
+
+
+def test_dropout_is_on_in_the_test_above(train_run: TrainRun, tmp_path: Path) -> None:
+    with_dropout = train_run(*LORA)
+    without = train_run(*LORA, "adapter.dropout=0", run_dir=tmp_path / "other")
+    # Before the first update LoRA adds zero, dropout or not.
+    assert with_dropout.losses()[1] == without.losses()[1]
+    assert with_dropout.losses()[4] != without.losses()[4]
+
+
+def test_resume_from_an_earlier_checkpoint(
+    train_run: TrainRun, finished_run: RunFolder, copied: RunFolder
+) -> None:
+    shutil.rmtree(copied.checkpoints()[-1])
+    resumed = train_run("checkpoint.every_steps=2")
+    assert resumed.losses() == finished_run.losses()
+    assert resumed.training_state() == finished_run.training_state()
+
+
+def test_sigkill_at_any_moment(finished_run: RunFolder, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "train.py"), f"run.dir={tmp_path}", "run.name=run"]
+    command += [*SMALL, "checkpoint.every_steps=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = RunFolder(tmp_path / "run", 0)
+    metrics = run.path / "metrics.jsonl"
+
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    # The line of step 2 is written just before the checkpoint of step 2.
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=120)
+    assert run.losses() == finished_run.losses()
+    assert run.training_state() == finished_run.training_state()
+
+
+def test_a_finished_run_is_not_trained_again(train_run: TrainRun, copied: RunFolder) -> None:
+    checkpoints, losses = snapshot(copied.path / "checkpoints"), copied.metrics()
+    model = {name: content for name, (_, content) in snapshot(copied.path / "model").items()}
+    again = train_run("checkpoint.every_steps=2")
+    assert again.status == 0
+    assert snapshot(again.path / "checkpoints") == checkpoints
+    assert again.metrics() == losses  # with the seconds of every step
+    after = {name: content for name, (_, content) in snapshot(again.path / "model").items()}
+    assert after == model
+
+
+def test_a_finished_model_without_checkpoints_is_kept(
+    train_run: TrainRun, copied: RunFolder
+) -> None:
+    shutil.rmtree(copied.path / "checkpoints")
+    before = snapshot(copied.path)
+    with pytest.raises(CheckpointError, match=r"finished model.*run\.resume=never"):
+        train_run()
+    assert snapshot(copied.path) == before
+
+
+def test_never_moves_the_old_folder_aside(train_run: TrainRun, copied: RunFolder) -> None:
+    before = snapshot(copied.path)
+    new = train_run("run.resume=never", "loop.max_steps=1")
+    assert snapshot(copied.path.with_name("run.1")) == before
+    assert [m["step"] for m in new.metrics()] == [0, 1]
+    again = train_run("run.resume=never", "loop.max_steps=1")
+    assert snapshot(copied.path.with_name("run.1")) == before
+    assert copied.path.with_name("run.2").is_dir() and again.status == 0
+
+
+def test_go_on_from_another_run(train_run: TrainRun, copied: RunFolder) -> None:
+    before = snapshot(copied.path)
+    command = ("run.name=second", f"run.resume={copied.path}", "loop.max_steps=6", "optim.lr=1e-3")
+    second = train_run(*command)
+    assert list(second.losses()) == [5, 6]
+    assert snapshot(copied.path) == before
+
+    states = [
+        json.loads((run.checkpoints()[-1] / "state.json").read_text())["state"]
+        for run in (copied, second)
+    ]
+    assert states[0]["run_id"] != states[1]["run_id"]  # two runs in the dashboard
+
+    # The same command again goes on in its own folder.
+    again = train_run(*command)
+    assert again.metrics() == second.metrics()
+    with pytest.raises(CheckpointError, match="not the newest checkpoint"):
+        train_run(*command, f"run.resume={copied.checkpoints()[0]}")
+
+
+def test_an_older_own_checkpoint_is_refused(train_run: TrainRun, copied: RunFolder) -> None:
+    before = snapshot(copied.path)
+    oldest, newest = copied.checkpoints()
+    with pytest.raises(CheckpointError, match=r"step_00000004.*run\.name=NEW"):
+        train_run(f"run.resume={oldest}")
+    assert snapshot(copied.path) == before
+    assert train_run(f"run.resume={newest}").status == 0
+
+
+def test_another_configuration_is_refused(train_run: TrainRun, copied: RunFolder) -> None:
+    before = snapshot(copied.path)
+    with pytest.raises(ConfigError) as refused:
+        train_run("optim.lr=1e-3", "data.max_rows=40", "patches=[]", "loop.log_every_steps=1")
+    text = str(refused.value)
+    assert "optim.lr: 0.003 there, 0.001 now" in text
+    assert "data.max_rows: 48 there, 40 now" in text
+    assert "patches.linear_cross_entropy" in text
+    assert "log_every_steps" not in text and "run.resume=never" in text
+    assert snapshot(copied.path) == before
+
+
+def test_what_decides_nothing_may_change(
+    train_run: TrainRun, finished_run: RunFolder, copied: RunFolder
+) -> None:
+    shutil.rmtree(copied.checkpoints()[-1])
+    shutil.move(copied.path, copied.path.with_name("renamed"))
+    resumed = train_run(
+        "run.name=renamed",
+        "checkpoint.keep_last=1",
+        "checkpoint.every_steps=3",
+        "loop.micro_batch_size=2",
+        "loop.log_every_steps=1",
+        "loop.eval_every_steps=1",
+        "data.num_workers=1",
+        "model.gradient_checkpointing=true",
+    )
+    assert [p.name for p in resumed.checkpoints()] == ["step_00000004"]
+    assert resumed.losses() == pytest.approx(finished_run.losses(), rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_named(train_run: TrainRun, copied: RunFolder) -> None:
+    newest = copied.checkpoints()[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    before = snapshot(copied.path)
+    with pytest.raises(CheckpointError, match=r"step_00000004.*delete.*before it"):
+        train_run("checkpoint.every_steps=2")
+    assert snapshot(copied.path) == before
+    shutil.rmtree(newest)
+    assert train_run("checkpoint.every_steps=2").status == 0
