@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -62,7 +63,10 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
         target_modules=lora_targets(model, adapter.parts),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks for it under its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, config)
 
 
 def lora_targets(model: nn.Module, parts: Iterable[str]) -> list[str]:

@@ -100,6 +100,7 @@ def typed(config: DictConfig) -> RunConfig:
         for name, declared in sections.items()
     }
     run_config = RunConfig(**values)
+    run_config.model.resolve_dtype(frozen=type(run_config.adapter) is not Adapter)
     _check_combinations(run_config)
     return run_config
 
@@ -167,11 +168,6 @@ def _patches(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_combinations(config: RunConfig) -> None:
-    if config.parallel.mixed_precision == "bf16" and config.model.dtype == "bfloat16":
-        raise ConfigError(
-            "parallel.mixed_precision=bf16 means float32 weights with bfloat16 arithmetic, but "
-            "model.dtype=bfloat16. Set model.dtype=float32, or parallel.mixed_precision=no."
-        )
     warmup, steps = config.schedule.warmup_steps, config.loop.max_steps
     if warmup and steps is not None and warmup >= steps:
         raise ConfigError(

@@ -110,7 +110,7 @@ class Screen:
         for answer in _selection(answers, num_shown):
             mark = Text("right", style="green") if answer.correct else Text("wrong", style="red")
             texts = (answer.question, answer.expected, answer.generated)
-            table.add_row(*map(Text, texts), mark)
+            table.add_row(*(Text(_printable(text)) for text in texts), mark)
         self.console.print(table)
 
     def _time_left(self, step: int) -> str:
@@ -124,6 +124,11 @@ def _selection(answers: list[Answer], number: int) -> list[Answer]:
     chosen = [answer for answer in answers if first_of_kind[answer.kind] is answer]
     rest = [answer for answer in answers if first_of_kind[answer.kind] is not answer]
     return (chosen + sorted(rest, key=lambda answer: answer.correct))[:number]
+
+
+def _printable(text: str) -> str:
+    """Control characters, which an untrained model writes, shown as \\x00."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def relative(path: Path) -> str:

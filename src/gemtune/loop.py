@@ -108,6 +108,8 @@ class StepResult:
     """Phase -> peak of each rank."""
     updated: bool
     """False: something was not finite, and nothing was changed."""
+    suspects: list[str]
+    """Then the rows, of all ranks, whose loss was not finite; all rows if only the gradient was."""
     stop_requested: bool
 
 
@@ -136,7 +138,7 @@ def train(
         record = _record(session, result, seconds=now - started, waited=fetched - started)
         started = now
         if not result.updated:
-            _count_nonfinite(session, result, micro_batches, config.max_nonfinite_steps)
+            _count_nonfinite(session, result, config.max_nonfinite_steps)
         done = state.step == session.num_steps
         stopping = result.stop_requested and not done
         if config.eval_every_steps and not state.step % config.eval_every_steps and not done:
@@ -168,7 +170,7 @@ def step(
             sum(batch.num_tokens for batch in micro_batches),
         ]
     )
-    loss_sum: torch.Tensor | float = 0.0
+    loss_sums: list[torch.Tensor] = []
     for number, batch in enumerate(micro_batches, start=1):
         memory.enter("forward")
         with runtime.gradient_sync(model, number == len(micro_batches)):
@@ -179,12 +181,13 @@ def step(
             memory.enter("backward")
             # DDP averages gradients over the ranks; the factor makes it a sum again.
             runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
-        loss_sum = loss_sum + micro_sum.detach()
+        loss_sums.append(micro_sum.detach())
         del output, micro_sum
 
     memory.enter("optimizer")
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    loss_sum = torch.stack(loss_sums).sum()
     shared = runtime.table([loss_sum, grad_norm, float(runtime.stop.requested), supervised, tokens])
     loss = sum(row[0] for row in shared) / shared[0][3]
     # Agreed by all ranks before anything changes. The norm is the same on all, the losses are not.
@@ -203,6 +206,7 @@ def step(
         tokens=int(shared[0][4]),
         peaks_gib=[dict(zip(PHASES, row, strict=True)) for row in rows],
         updated=updated,
+        suspects=[] if updated else _suspects(runtime, micro_batches, loss_sums),
         stop_requested=any(row[2] for row in shared),
     )
 
@@ -249,17 +253,23 @@ def _record(
     return record
 
 
-def _count_nonfinite(
-    session: Session, result: StepResult, micro_batches: list[TrainBatch], budget: int
-) -> None:
+def _suspects(
+    runtime: Runtime, micro_batches: list[TrainBatch], loss_sums: list[torch.Tensor]
+) -> list[str]:
+    pairs = list(zip(micro_batches, loss_sums, strict=True))
+    mine = [row for batch, loss in pairs if not torch.isfinite(loss) for row in batch.rows]
+    suspects = runtime.collect(mine)
+    return suspects or runtime.collect([row for batch in micro_batches for row in batch.rows])
+
+
+def _count_nonfinite(session: Session, result: StepResult, budget: int) -> None:
     """Count a step whose update was left out; raise when there were too many."""
     state = session.state
     state.nonfinite_steps += 1
-    rows = session.runtime.collect([row for batch in micro_batches for row in batch.rows])
     message = (
-        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, "
+        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so "
         f"nothing was updated ({state.nonfinite_steps} such steps, {budget} allowed). "
-        f"Its rows: {'; '.join(rows)}"
+        f"Rows: {'; '.join(result.suspects)}"
     )
     if state.nonfinite_steps > budget:
         raise TrainingError(

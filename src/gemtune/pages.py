@@ -41,6 +41,7 @@ def start_page(
         ("model", f"{config.model.name}, {_source(config, built.processing)}", ""),
         ("", f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})", ""),
         ("", _by_part(parts), ""),
+        *_dtype_warning(config),
         *_data_rows(config, built),
         ("training", _training(config, runtime, session.num_steps), ""),
     ]
@@ -121,6 +122,16 @@ def _by_part(parts: dict[str, tuple[int, int]]) -> str:
         f"{part} {total:,}{'' if trainable else ' (frozen)'}"
         for part, (total, trainable) in parts.items()
     )
+
+
+def _dtype_warning(config: RunConfig) -> Iterator[Row]:
+    if config.model.dtype == "bfloat16" and not isinstance(config.adapter, Lora):
+        yield (
+            "",
+            "warning: weights trained in bfloat16 lose small updates to rounding; "
+            "model.dtype=float32 parallel.mixed_precision=bf16 keeps them",
+            "",
+        )
 
 
 def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:

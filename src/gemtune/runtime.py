@@ -48,7 +48,7 @@ class ParallelConfig:
     """How the model is spread over processes: one full copy in each (DDP)."""
 
     mixed_precision: str = option(
-        "no", "no, or bf16: float32 weights with bfloat16 arithmetic (autocast)"
+        "no", "no, or bf16: matrix products in bfloat16 whatever the weights are (autocast)"
     )
     timeout_seconds: int = option(1800, "a collective that takes longer ends the run")
 

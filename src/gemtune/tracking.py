@@ -144,9 +144,10 @@ class _Wandb:
                 dir=str(run_dir),
                 mode=mode,
                 config=settings,
-                # Neither argv nor host data leave the machine; the program is known to the user.
+                # Arguments, environment, code and the machine's name stay here.
                 settings=wandb.Settings(
                     x_disable_meta=True,
+                    host="",
                     console="off",
                     disable_git=True,
                     save_code=False,

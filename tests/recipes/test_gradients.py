@@ -34,7 +34,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 # Adam divides by the size of the gradient: with its usual eps, entries that are zero but for
 # rounding move as far as any other, and every rounding error becomes a visible one.
-SMOOTH = ("optim.eps=0.01", "optim.lr=0.01")
+SMOOTH = ("optim.eps=0.01", "optim.lr=1e-3")
 
 
 def test_micro_batch_size_decides_nothing(train_run: TrainRun, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_micro_batch_size_decides_nothing(train_run: TrainRun, tmp_path: Path) -
     assert any(m["train/supervised_tokens"] % 8 for m in first.metrics()[1:])
     assert first.losses()[4] < first.losses()[1] - 0.5
     for run in others:
-        assert run.losses() == pytest.approx(first.losses(), rel=1e-6)
+        assert run.losses() == pytest.approx(first.losses(), rel=2e-6)
         for mine, other in zip(run.metrics()[1:], first.metrics()[1:], strict=True):
             assert mine["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-4)
             assert mine["train/supervised_tokens"] == other["train/supervised_tokens"]

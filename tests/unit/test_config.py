@@ -54,7 +54,7 @@ def test_defaults_come_from_the_dataclasses_and_nothing_of_omegaconf_is_left() -
             r"patches\.linear_cross_entropy\.chunk_mb is not a field.*Did you mean 'chunk_mib'",
         ),
         ({"model": {"dtype": "float16"}}, "float16 overflows"),
-        ({"model": {"dtype": "bf16"}}, r"model\.dtype=bf16 is not one of float32, bfloat16"),
+        ({"model": {"dtype": "bf16"}}, r"model\.dtype=bf16 is not one of float32, bfloat16, auto"),
         ({"model": {"freeze": ["visoin"]}}, r"model\.freeze=visoin.*Did you mean 'vision'"),
         ({"loop": {"max_steps": 0}}, r"loop\.max_steps=0 is too small"),
         ({"optim": {"lr": -1.0}}, r"optim\.lr=-1\.0 is too small"),
@@ -65,10 +65,6 @@ def test_defaults_come_from_the_dataclasses_and_nothing_of_omegaconf_is_left() -
         (
             {"schedule": {"warmup_steps": 9}, "loop": {"max_steps": 9}},
             r"warmup_steps=9 leaves no step",
-        ),
-        (
-            {"parallel": {"mixed_precision": "bf16"}, "model": {"dtype": "bfloat16"}},
-            r"parallel\.mixed_precision=bf16 means float32 weights",
         ),
         ({"recipe": {"run": "os.system"}}, r"recipe\.run=os\.system must name a function below"),
         ({"data": {"path": None}}, r"data\.path is not set"),
@@ -86,6 +82,13 @@ def test_a_target_chooses_the_variant() -> None:
     lora = {"_target_": "gemtune.adapters.Lora", "rank": 4}
     config = typed(config_with(adapter=lora))
     assert config.adapter == Lora(rank=4)
+
+
+def test_trained_weights_are_float32_and_a_frozen_base_bfloat16_unless_asked_otherwise() -> None:
+    lora = {"_target_": "gemtune.adapters.Lora"}
+    assert typed(config_with()).model.dtype == "float32"
+    assert typed(config_with(adapter=lora)).model.dtype == "bfloat16"
+    assert typed(config_with(adapter=lora, model={"dtype": "float32"})).model.dtype == "float32"
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,7 @@ def _orientation(image: Image.Image, where: str) -> int:
     if image.format == "TIFF":
         _load(image, where)  # Pillow turns these itself, and which size it gives before varies
     try:
-        # Not image.getexif(): of a PNG it decodes every pixel to look behind them, and is four
-        # times the cost of the whole check of a row. Behind them, orientation is not looked for.
+        # Not image.getexif(): for a PNG that decodes every pixel, to look behind them too.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # what Pillow raises from malformed EXIF is not one family
         return 1

@@ -148,10 +148,13 @@ def _read_jsonl(path: Path) -> Source:
 
 def _read_parquet(path: Path) -> Source:
     import datasets
+    import pyarrow.parquet
 
     shows_progress = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # a local file is mapped, not read
     try:
+        if not pyarrow.parquet.read_metadata(path).num_rows:  # `datasets` fails on such a file
+            return Source([], str(path), None)
         table = datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # datasets wraps what pyarrow raises in its own generic error
         cause = error.__cause__ or error

@@ -70,7 +70,15 @@ class _Steps(Dataset):
 
 
 def _raising(steps: Iterator[list[Batch] | DataError]) -> Iterator[list[Batch]]:
+    """The steps; an error among them is raised."""
+    error = None
     for batches in steps:
         if isinstance(batches, DataError):
-            raise batches
+            error = batches
+            break
         yield batches
+    # Ends the workers here. The traceback would keep them until a garbage collection, which may
+    # close their queues first; each is then waited for in vain, 5 seconds long.
+    del steps
+    if error is not None:
+        raise error

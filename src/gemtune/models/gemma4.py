@@ -28,7 +28,10 @@ class ModelConfig:
     path: str = option("bundled:tiny", "hub id, local folder, or bundled:tiny")
     revision: str = option("main", "branch, tag or commit of a hub checkpoint")
     weights: str = option("pretrained", "pretrained, or random: built from run.seed")
-    dtype: str = option("float32", "float32 or bfloat16: the dtype of the weights")
+    dtype: str = option(
+        "auto",
+        "of the weights: float32, bfloat16; auto: bfloat16 under an adapter, else float32",
+    )
     attention: str = option("sdpa", "sdpa or eager (the audio tower is always eager)")
     gradient_checkpointing: bool = option(
         False, "recompute each layer in backward (non-reentrant): less memory, about 1/3 more time"
@@ -41,11 +44,16 @@ class ModelConfig:
                 "model.dtype=float16 overflows in Gemma 4's MLP products and vision pooler "
                 "(transformers#46277). Use bfloat16 or float32."
             )
-        require_choice("model.dtype", self.dtype, _DTYPES)
+        require_choice("model.dtype", self.dtype, [*_DTYPES, "auto"])
         require_choice("model.weights", self.weights, ["pretrained", "random"])
         require_choice("model.attention", self.attention, ["sdpa", "eager"])
         for part in self.freeze:
             require_choice("model.freeze", part, PARTS)
+
+    def resolve_dtype(self, *, frozen: bool) -> None:
+        """Decide "auto". AdamW in bfloat16 rounds most updates of a trained weight away."""
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if frozen else "float32"
 
 
 @dataclass

@@ -1,8 +1,7 @@
-"""What a patch is, and the journal through which every edit of a model goes."""
+"""What a patch is, the journal through which every edit goes, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +13,7 @@ APPLIED = "applied"
 UPSTREAM = "upstream"
 NOT_APPLICABLE = "not applicable"
 
-_REPORT_ATTRIBUTE = "_gemtune_patch_report"
+REPORT_ATTRIBUTE = "_gemtune_patch_report"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class PatchRow:
 
 
 @dataclass
-class _Journal:
+class Journal:
     """Edits in the order in which they were made, with what stood there before."""
 
     _entries: list[tuple[Edit, bool, Any]] = field(default_factory=list)
@@ -96,16 +95,17 @@ class PatchReport:
     """What each patch did. Prints as a table; `undo()` puts the model back as it was."""
 
     rows: list[PatchRow]
-    _model: nn.Module | None = None
-    _journal: _Journal = field(default_factory=_Journal)
+    model: nn.Module | None = None
+    """None once the patches were undone."""
+    journal: Journal = field(default_factory=Journal, repr=False)
 
     def undo(self) -> None:
         """Reverse every edit, last first. A second call raises `PatchError`."""
-        if self._model is None:
+        if self.model is None:
             raise PatchError("These patches were undone already.")
-        self._journal.undo()
-        delattr(self._model, _REPORT_ATTRIBUTE)
-        self._model = None
+        self.journal.undo()
+        delattr(self.model, REPORT_ATTRIBUTE)
+        self.model = None
 
     def as_dict(self) -> list[dict[str, Any]]:
         """The rows as plain values, for JSON and trackers."""
@@ -129,47 +129,3 @@ class PatchReport:
     def __deepcopy__(self, memo: dict) -> PatchReport:
         # A deep copy of the model is patched as well, but its edits are not in this journal.
         return PatchReport(list(self.rows))
-
-
-def apply(
-    model: nn.Module, patches: Iterable[str | Patch] | Mapping[str, Patch] | None = None
-) -> PatchReport:
-    """Apply patches to one model instance, all or none of them.
-
-    `patches` are names or `Patch` objects; None stands for every patch of `available()`. All
-    patches are planned before anything changes; the class of no module is touched.
-
-    Raises:
-        PatchError: an unknown name, a model that is patched already, two patches that claim one
-            attribute, or a patch that should match this model and does not.
-    """
-    from gemtune.patches.catalogue import available, resolve
-
-    if getattr(model, _REPORT_ATTRIBUTE, None) is not None:
-        raise PatchError("This model is patched already. Call .undo() of its report first.")
-    chosen = available() if patches is None else patches
-    if isinstance(chosen, Mapping):
-        chosen = chosen.values()
-    plans = {patch.name: patch.plan(model) for patch in map(resolve, chosen)}
-    _refuse_conflicts(plans)
-
-    report = PatchReport([], model)
-    for name, plan in plans.items():
-        for edit in plan.edits:
-            report._journal.write(edit)
-        sites = tuple(edit.site for edit in plan.edits)
-        report.rows.append(PatchRow(name, plan.status, plan.reason, sites))
-    vars(model)[_REPORT_ATTRIBUTE] = report
-    return report
-
-
-def _refuse_conflicts(plans: Mapping[str, Plan]) -> None:
-    claims: dict[tuple[int, str], str] = {}
-    for name, plan in plans.items():
-        for edit in plan.edits:
-            other = claims.setdefault((id(edit.owner), edit.attribute), name)
-            if other != name:
-                raise PatchError(
-                    f"{name} and {other} both change {edit.site}.{edit.attribute}. "
-                    "Leave one of them out of patches=[...]."
-                )

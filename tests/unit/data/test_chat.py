@@ -26,7 +26,9 @@ def with_template(tokenizer):
 @pytest.fixture
 def with_thoughts(with_template):
     """As the larger sizes: an answer is asked for after an empty thought, which is not kept."""
-    return with_template("{{- '<|turn>model\\n' -}}", f"{{{{- '<|turn>model\n{EMPTY_THOUGHT}' -}}}}")
+    return with_template(
+        "{{- '<|turn>model\\n' -}}", f"{{{{- '<|turn>model\n{EMPTY_THOUGHT}' -}}}}"
+    )
 
 
 def images_as_text(num_soft_tokens):
@@ -67,13 +69,15 @@ def test_system_and_several_turns(tokenizer, make_encoder, chat):
     example = make_encoder().encode(row, "")
     text = (
         "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nOne?<turn|>\n<|turn>model\n1<turn|>\n"
-        "<|turn>user\nTwo?<turn|>\n<|turn>model\n2 and\n\nmore<turn|>\n<|turn>user\nThanks.<turn|>\n"
+        "<|turn>user\nTwo?<turn|>\n<|turn>model\n2 and\n\nmore<turn|>\n"
+        "<|turn>user\nThanks.<turn|>\n"
     )
     check(tokenizer, example, text, ["1<turn|>", "2 and\n\nmore<turn|>"])
 
 
 @pytest.mark.parametrize(
-    "answer", ["model", "model\nA", "I said: user", "<turn", "<", "a<b>|", "x " * 50 + "x", "0", "."]
+    "answer",
+    ["model", "model\nA", "I said: user", "<turn", "<", "a<b>|", "x " * 50 + "x", "0", "."],
 )
 def test_answers_that_look_like_something_else(tokenizer, make_encoder, chat, answer):
     text = f"<bos><|turn>user\nmodel\n<turn|>\n<|turn>model\n{answer}<turn|>\n"
@@ -82,7 +86,9 @@ def test_answers_that_look_like_something_else(tokenizer, make_encoder, chat, an
     check(tokenizer, example, text, [answer + "<turn|>"])
 
 
-@pytest.mark.parametrize("answer", ["é", "日本語", "👩‍👩‍👧", "a\u0301 ß 𝔘", "\u200bx\u200b", "\ufeffx"])
+@pytest.mark.parametrize(
+    "answer", ["é", "日本語", "👩‍👩‍👧", "a\u0301 ß \U0001d518", "\u200bx\u200b", "\ufeffx"]
+)
 def test_characters_of_several_tokens_are_learned_whole(tokenizer, make_encoder, chat, answer):
     example = make_encoder().encode(chat("日本é", answer, "👧", answer), "")
     turns = "<|turn>user\n{}<turn|>\n<|turn>model\n" + answer + "<turn|>\n"
@@ -133,7 +139,9 @@ def _with_token(tokenizer, text):
 def test_content_as_text_or_as_parts_is_the_same(make_encoder, chat):
     encoder = make_encoder()
     texts = encoder.encode(chat("hi there", "yes", system="s"), "")
-    parts = encoder.encode(chat(("hi there",), ("yes",), system=[{"type": "text", "text": "s"}]), "")
+    parts = encoder.encode(
+        chat(("hi there",), ("yes",), system=[{"type": "text", "text": "s"}]), ""
+    )
     assert texts.input_ids.tolist() == parts.input_ids.tolist()
     assert texts.labels.tolist() == parts.labels.tolist()
 
@@ -257,19 +265,19 @@ def test_a_template_that_ends_turns_otherwise(make_encoder, with_template, chat)
 
 def test_a_template_that_drops_images(make_encoder, with_template, chat, png):
     encoder = make_encoder(tokenizer=with_template("{{- '<|image|>' -}}", ""))
-    with pytest.raises(DataError, match="^row 3: the chat template dropped an image"):
+    with pytest.raises(DataError, match=r"^row 3: the chat template dropped an image"):
         encoder.encode_text(chat((None, "a"), "b", images=[png()]), "row 3")
 
 
 def test_a_template_that_adds_images(make_encoder, with_template, chat, png):
     encoder = make_encoder(tokenizer=with_template("'<|image|>'", "'<|image|><|image|>'"))
-    with pytest.raises(DataError, match="^row 3: the chat template rendered extra images"):
+    with pytest.raises(DataError, match=r"^row 3: the chat template rendered extra images"):
         encoder.encode_text(chat((None, "a"), "b", images=[png()]), "row 3")
 
 
 def test_a_template_that_refuses_a_row(make_encoder, with_template, chat):
     refusing = with_template("['system', 'user', 'assistant']", "['user', 'assistant']")
-    with pytest.raises(DataError, match="^row 3: the chat template refuses it: message role is"):
+    with pytest.raises(DataError, match=r"^row 3: the chat template refuses it: message role is"):
         make_encoder(tokenizer=refusing).encode_text(chat("a", "b", system="s"), "row 3")
 
 
@@ -338,7 +346,9 @@ BAD_MESSAGES = {
 )
 def test_bad_messages_are_refused_by_name(make_encoder, says, messages):
     encoder = make_encoder()
-    expected = "^" + ("f.jsonl line 3: " + says).replace("|", r"\|").replace(": message", "[:,] message")
+    expected = "^" + ("f.jsonl line 3: " + says).replace("|", r"\|").replace(
+        ": message", "[:,] message"
+    )
     for encode in (encoder.encode_text, encoder.encode, encoder.encode_prompt):
         with pytest.raises(DataError, match=expected):
             encode({"messages": messages}, "f.jsonl line 3")
@@ -353,23 +363,23 @@ def test_bad_messages_are_refused_by_name(make_encoder, says, messages):
     ],
 )
 def test_image_counts_must_agree(make_encoder, chat, png, images, says):
-    with pytest.raises(DataError, match=f"^row 3: {says}"):
+    with pytest.raises(DataError, match=rf"^row 3: {says}"):
         make_encoder().encode_text(chat((None, None, "a"), "b", images=[png()] * images), "row 3")
 
 
 @pytest.mark.parametrize("images", ["a.png", {"bytes": b"", "path": None}, b"x"])
 def test_images_must_be_a_list(make_encoder, chat, images):
-    with pytest.raises(DataError, match="^row 3: 'images' must be a list, not"):
+    with pytest.raises(DataError, match=r"^row 3: 'images' must be a list, not"):
         make_encoder().encode_text(chat((None, "a"), "b", images=images), "row 3")
 
 
 def test_tools_are_refused(make_encoder, chat):
-    with pytest.raises(DataError, match="^row 3: 'tools' are not read"):
+    with pytest.raises(DataError, match=r"^row 3: 'tools' are not read"):
         make_encoder().encode_text(chat("a", "b") | {"tools": [{"name": "f"}]}, "row 3")
 
 
 def test_an_image_that_was_exchanged_since_the_check(make_encoder, chat, png):
     encoder = make_encoder()
     example, _ = encoder.encode_text(chat((None, "a"), "b", images=[png(96, 96)]), "row 3")
-    with pytest.raises(DataError, match="^row 3: its images take 1 tokens where 4 were counted"):
+    with pytest.raises(DataError, match=r"^row 3: its images take 1 tokens where 4 were counted"):
         encoder.add_images(example, chat((None, "a"), "b", images=[png(48, 48)]), 1)

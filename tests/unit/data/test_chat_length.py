@@ -61,7 +61,7 @@ def test_a_dropped_image_is_not_decoded(make_encoder, chat, png):
     row = chat("a", "b", (None, "c"), "d", images=[damaged])
     example = make_encoder(14, "right").encode(row, "row 3")
     assert example.images == []
-    with pytest.raises(DataError, match="^row 3: the image is damaged"):
+    with pytest.raises(DataError, match=r"^row 3: the image is damaged"):
         make_encoder().encode(row, "row 3")
 
 

@@ -176,7 +176,9 @@ def test_16_bit_rgb(tiny):
     values = np.random.default_rng(0).integers(0, 65536, (48, 48, 3)).astype(">u2")
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     lines = b"".join(b"\0" + line.tobytes() for line in values)
     header = struct.pack(">IIBBBBB", 48, 48, 16, 2, 0, 0, 0)
@@ -209,19 +211,19 @@ def test_a_truncated_image_is_damaged_when_decoded(encoder, make_image, encode_f
     data = encode_file(make_image(200, 200), format)
     image = encoder.open(data[: len(data) // 2], "row 7")
     assert encoder.num_soft_tokens(image, "row 7") == 256  # the header is whole
-    with pytest.raises(DataError, match="^row 7: the image is damaged"):
+    with pytest.raises(DataError, match=r"^row 7: the image is damaged"):
         encoder.encode(image, "row 7")
 
 
 @pytest.mark.parametrize("given", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_bytes_that_are_no_image(encoder, given):
-    with pytest.raises(DataError, match="^row 2: not an image"):
+    with pytest.raises(DataError, match=r"^row 2: not an image"):
         encoder.open(given, "row 2")
 
 
 @pytest.mark.parametrize("given", [None, 3, ["a.png"], {}, {"bytes": None, "path": None}, {"a": 1}])
 def test_a_wrong_type(encoder, given):
-    with pytest.raises(DataError, match="^row 2: an image must be bytes, a file path or a PIL"):
+    with pytest.raises(DataError, match=r"^row 2: an image must be bytes, a file path or a PIL"):
         encoder.open(given, "row 2")
 
 
@@ -240,14 +242,14 @@ def test_a_path_starts_from_the_media_root(stock_processor, tmp_path, png, monke
 @pytest.mark.parametrize("path", ["gone.png", "/gone/gone.png"])
 def test_a_missing_file(stock_processor, tmp_path, path):
     full = str(tmp_path / path)
-    with pytest.raises(DataError, match="^row 5: there is no image file") as caught:
+    with pytest.raises(DataError, match=r"^row 5: there is no image file") as caught:
         ImageEncoder(stock_processor, tmp_path).open(path, "row 5")
     assert full in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["", ".", "a\0b", "x" * 5000])
 def test_a_path_that_is_no_file(stock_processor, tmp_path, path):
-    with pytest.raises(DataError, match="^row 5: not an image that can be read"):
+    with pytest.raises(DataError, match=r"^row 5: not an image that can be read"):
         ImageEncoder(stock_processor, tmp_path).open(path, "row 5")
 
 
@@ -263,6 +265,6 @@ def test_decompression_bombs_are_refused_without_a_warning(encoder, png, monkeyp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        with pytest.raises(DataError, match="^row 6: the image is too large"):
+        with pytest.raises(DataError, match=r"^row 6: the image is too large"):
             encoder.open(png(64, 64), "row 6")
     assert not shown
