@@ -50,11 +50,13 @@ def run(config: RunConfig) -> int:
     config.loop.check_world_size(runtime.world_size)
     screen = Screen(runtime.is_main)
     runtime.stop.install(screen.say)
+    screen.say(f"reading {config.model.path} and checking {config.data.path}")
 
     stages = build(config, screen)
     session, reporter = open_session(config, runtime, stages, point, screen)
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
-    screen.lines(f"left out: {row}" for row in stages.train_rows.rejected)
+    rejected = stages.train_rows.rejected + stages.eval_rows.rejected
+    screen.lines(f"left out: {row}" for row in rejected)
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
     else:

@@ -23,6 +23,7 @@ CONFIGS = REPOSITORY / "configs"
 
 SMALL = (
     "tracker=none",
+    "optim.lr=3e-3",
     "schedule.warmup_steps=0",
     "loop.max_steps=4",
     "loop.global_batch_size=8",

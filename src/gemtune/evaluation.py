@@ -66,7 +66,7 @@ def generate_answers(
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         for row, (prompt, expected), text in zip(rows, prompts, texts, strict=True):
             source_row = dataset.row(row)
-            question = _last_user_text(source_row)
+            question = _question(source_row)
             kind = source_row.get("kind")
             answers.append(Answer(prompt.where, kind, question, expected, text.strip()))
     return runtime.collect(answers)
@@ -90,8 +90,11 @@ def _share_correct(answers: list[Answer]) -> float:
     return sum(answer.correct for answer in answers) / len(answers)
 
 
-def _last_user_text(row: dict[str, Any]) -> str:
-    content = next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user")
+def _question(row: dict[str, Any]) -> str:
+    """What the user said before the last answer."""
+    roles = [message["role"] for message in row["messages"]]
+    last_answer = len(roles) - 1 - roles[::-1].index("assistant")
+    content = row["messages"][last_answer - 1]["content"]
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] if part["type"] == "text" else "[image]" for part in content)
+    return " ".join(part["text"] or "" if part["type"] == "text" else "[image]" for part in content)

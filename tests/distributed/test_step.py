@@ -71,7 +71,7 @@ def session_for(run_dir: Path) -> Session:
         state=SimpleNamespace(step=0),
         num_steps=9,
         log=lambda record: None,
-        evaluation_batches=lambda: [],
+        evaluation_batches=list,
         save=lambda: None,
     )
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recipes.gemma4_sft as recipe
 import torch
 from conftest import RunFolder, TrainRun
 from safetensors.torch import load_file, save_file
+
+import recipes.gemma4_sft as recipe
 
 STOCK = """
 import sys

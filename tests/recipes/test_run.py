@@ -58,7 +58,7 @@ def test_answers_are_kept(finished_run: RunFolder) -> None:
 
 def test_config_file_is_complete(finished_run: RunFolder) -> None:
     written = yaml.safe_load((finished_run.path / "config.yaml").read_text())
-    assert written["loop"]["max_steps"] == 4 and written["optim"]["beta2"] == 0.95
+    assert written["loop"]["max_steps"] == 4 and written["optim"]["lr"] == 0.003
     # Every section, and in it every key, defaults included.
     expected = compose().as_dict()
     assert {s: set(v) for s, v in written.items()} == {s: set(v) for s, v in expected.items()}

@@ -1,4 +1,4 @@
-"""metrics.jsonl holds each step once, whatever happened; dashboards see metrics and nothing else."""
+"""metrics.jsonl holds each step once, whatever happened; dashboards see metrics and no secrets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -104,7 +105,9 @@ def test_what_json_cannot_say_is_null(path: Path) -> None:
     file = MetricsFile(path, 0)
     file.write(1, {"a": math.nan, "b": math.inf, "c": [1.0, -math.inf], "d": 1e-300, "e": None})
     file.close()
-    assert read(path) == [{"step": 1, "a": None, "b": None, "c": [1.0, None], "d": 1e-300, "e": None}]
+    assert read(path) == [
+        {"step": 1, "a": None, "b": None, "c": [1.0, None], "d": 1e-300, "e": None}
+    ]
 
 
 def test_no_tracker(tmp_path: Path) -> None:
@@ -167,6 +170,28 @@ def test_wandb_offline(no_keys: Path, tmp_path: Path, monkeypatch, capfd) -> Non
     assert any(b"my-run" in p.read_bytes() and b"0.125" in p.read_bytes() for p in logs)
     assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_goes_by_our_steps(no_keys: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its own counter would drop the steps that a resumed run logs again."""
+    wandb = pytest.importorskip("wandb")
+    run = Mock()
+    run.settings.sync_dir = "x"
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    open_dashboard(TrackerConfig(), tmp_path, "run", "id", {}).log({"a": 1.0, "list": [1]}, 7)
+    assert run.define_metric.mock_calls == [call("step"), call("*", step_metric="step")]
+    run.log.assert_called_once_with({"a": 1.0, "step": 7})
+
+
+def test_wandb_that_does_not_start_is_said_plainly(no_keys: Path, tmp_path: Path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def fails(**_: object) -> None:
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", fails)
+    with pytest.raises(ConfigError, match=r"no network\n.*tracker\.mode=offline"):
+        open_dashboard(TrackerConfig(), tmp_path, "run", "id", {})
 
 
 def test_trackio_logs_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

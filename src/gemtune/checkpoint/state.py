@@ -240,7 +240,7 @@ def _on_all_ranks(runtime: Runtime, action: Callable[[], object]) -> None:
     failure: Exception | None = None
     try:
         action()
-    except OSError as error:
+    except Exception as error:
         failure = error
     text = None if failure is None else str(failure) or repr(failure)
     for failed in runtime.collect([text]):

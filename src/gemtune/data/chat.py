@@ -183,7 +183,7 @@ class ChatEncoder:
             image = next(images, None)
             if image is None:
                 raise DataError(f"{where}: the chat template rendered extra images.")
-            num_soft_tokens = self.images.num_soft_tokens(image, where)
+            num_soft_tokens = self.images.num_soft_tokens(image)
             expanded += [self._boi_id, *[token] * num_soft_tokens, self._eoi_id]
         return expanded
 

@@ -10,21 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from gemtune.errors import DataError
-
-# How to turn an image upright, by its EXIF orientation.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SWAPS_SIDES = (5, 6, 7, 8)
 
 
 @dataclass
@@ -85,20 +73,18 @@ class ImageEncoder:
         except (OSError, ValueError) as error:
             raise DataError(f"{where}: not an image that can be read ({error}).") from error
 
-    def num_soft_tokens(self, image: Image.Image, where: str) -> int:
-        """How many placeholder tokens the image takes, from its size alone."""
-        width, height = image.size
-        if _orientation(image, where) in _SWAPS_SIDES:
-            width, height = height, width
-        width, height = self._fit(width, height)
+    def num_soft_tokens(self, image: Image.Image) -> int:
+        """How many placeholder tokens the image takes, from its size alone.
+
+        Its orientation is not asked for: both sides are treated alike, so that turning an image
+        does not change the count, and for a PNG every pixel would be decoded to find it.
+        """
+        width, height = self._fit(*image.size)
         return (width // self._grid) * (height // self._grid)
 
     def encode(self, image: Image.Image, where: str) -> EncodedImage:
         """Patches and their positions. Raises DataError if the pixels cannot be decoded."""
-        turn = _TURNS.get(_orientation(image, where))
-        upright = _to_rgb(image, where)
-        if turn is not None:
-            upright = upright.transpose(turn)
+        upright = _to_rgb(_upright(image, where), where)
         # A processor that does not resize (the tiny model's) still takes images of any size:
         # those already on its patch grid go in untouched, the rest are resized as usual.
         features = self.processor(
@@ -146,26 +132,19 @@ class ImageEncoder:
         return candidate
 
 
-def _orientation(image: Image.Image, where: str) -> int:
-    """EXIF orientation as the header has it, 1 where it has none that can be read."""
-    if image.format == "TIFF":
-        _load(image, where)  # Pillow turns these itself, and which size it gives before varies
-    try:
-        # Not image.getexif(): for a PNG that decodes every pixel, to look behind them too.
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # what Pillow raises from malformed EXIF is not one family
-        return 1
-
-
-def _load(image: Image.Image, where: str) -> None:
+def _upright(image: Image.Image, where: str) -> Image.Image:
+    """Decoded, with its EXIF orientation applied."""
     try:
         image.load()
     except Exception as error:  # decoders of a dozen formats: OSError, SyntaxError, struct.error...
         raise DataError(f"{where}: the image is damaged ({error}).") from error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF says nothing of how the image lies
+        return image
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:
-    _load(image, where)
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would cut every value above 255 to white.
         values = np.asarray(image)

@@ -145,9 +145,7 @@ def test_damaged_state(saved: Path, tmp_path: Path, content: str, said: str) -> 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "rng_rank0.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_damaged_files_change_nothing(
-    saved: Path, tmp_path: Path, file: str, damage: str
-) -> None:
+def test_damaged_files_change_nothing(saved: Path, tmp_path: Path, file: str, damage: str) -> None:
     path = saved / file
     content = path.read_bytes()
     path.unlink()

@@ -45,7 +45,7 @@ def assert_encodes_like(encoder, given, image, **options):
     """`given` (bytes) is encoded as the stock processor encodes `image`."""
     opened = encoder.open(given, "row 1")
     pixels, positions, tokens = stock_patches(encoder.processor, image, **options)
-    assert encoder.num_soft_tokens(opened, "row 1") == tokens
+    assert encoder.num_soft_tokens(opened) == tokens
     encoded = encoder.encode(opened, "row 1")
     assert encoded.num_soft_tokens == tokens
     assert encoded.pixels.dtype == np.float32 and encoded.positions.dtype == np.int64
@@ -64,11 +64,11 @@ def test_the_count_from_the_size_is_the_processors(budget):
     for size in SIZES if budget <= 280 else SIZES[::4]:
         image = Image.new("RGB", size)
         tokens = int(processor(image, return_tensors="np")["num_soft_tokens_per_image"][0])
-        assert encoder.num_soft_tokens(image, "") == tokens, size
+        assert encoder.num_soft_tokens(image) == tokens, size
 
 
 def test_640x480_takes_266_tokens(encoder):
-    assert encoder.num_soft_tokens(Image.new("RGB", (640, 480)), "") == 266
+    assert encoder.num_soft_tokens(Image.new("RGB", (640, 480))) == 266
 
 
 @pytest.mark.parametrize("size", [(640, 480), (9, 400), (768, 840), (50, 50)])
@@ -86,7 +86,7 @@ def test_without_resizing_an_image_on_the_grid_is_untouched(tiny, make_image, en
     expected = expected.reshape(-1, 768) / 255
     np.testing.assert_allclose(encoded.pixels, expected, atol=1e-6)
     assert encoded.positions[1].tolist() == [1, 0]  # x first
-    assert tiny.num_soft_tokens(image, "") == width * height // 48**2 == encoded.num_soft_tokens
+    assert tiny.num_soft_tokens(image) == width * height // 48**2 == encoded.num_soft_tokens
 
 
 @pytest.mark.parametrize("size", [(50, 48), (47, 47), (10, 300), (960, 480), (640, 480)])
@@ -111,14 +111,26 @@ def test_exif_orientation_is_applied_in_count_and_pixels(
     assert_encodes_like(tiny, data, upright.convert("RGB"))
 
 
-def test_orientation_changes_the_count(stock_processor, encode_file):
-    encoder = ImageEncoder(stock_processor)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_count_of_a_turned_image_is_the_same(encoder, tiny, encode_file, size):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    flat = Image.new("RGB", (5000, 1))
-    turned = encoder.open(encode_file(flat, exif=exif), "")
-    assert encoder.num_soft_tokens(turned, "") == 280
-    assert encoder.encode(turned, "").positions[:, 0].max() == 2  # 3 patches wide
+    data = encode_file(Image.new("RGB", size), "TIFF" if max(size) > 4000 else "JPEG", exif=exif)
+    for each in (encoder, tiny):
+        turned = each.open(data, "")
+        counted = each.num_soft_tokens(turned)
+        assert counted == each.encode(turned, "").num_soft_tokens
+
+
+def test_exif_behind_the_pixels_of_a_png_counts_too(tiny, make_image, encode_file):
+    image = make_image(96, 48)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = encode_file(image, exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert_encodes_like(tiny, moved, image.transpose(Image.Transpose.ROTATE_270))
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF")
@@ -131,7 +143,7 @@ def test_malformed_exif_is_no_orientation(tiny, make_image, encode_file, exif):
 
 def test_counting_does_not_decode_a_png(encoder, png):
     image = encoder.open(png(640, 480), "")
-    encoder.num_soft_tokens(image, "")
+    encoder.num_soft_tokens(image)
     assert image._im is None
 
 
@@ -202,7 +214,7 @@ def test_a_truncated_image_is_named(encoder, make_image, encode_file, format):
     data = encode_file(make_image(200, 200), format)
     with pytest.raises(DataError, match=r"^f\.parquet row 7: "):
         image = encoder.open(data[: len(data) // 2], "f.parquet row 7")
-        encoder.num_soft_tokens(image, "f.parquet row 7")
+        encoder.num_soft_tokens(image)
         encoder.encode(image, "f.parquet row 7")
 
 
@@ -210,7 +222,7 @@ def test_a_truncated_image_is_named(encoder, make_image, encode_file, format):
 def test_a_truncated_image_is_damaged_when_decoded(encoder, make_image, encode_file, format):
     data = encode_file(make_image(200, 200), format)
     image = encoder.open(data[: len(data) // 2], "row 7")
-    assert encoder.num_soft_tokens(image, "row 7") == 256  # the header is whole
+    assert encoder.num_soft_tokens(image) == 256  # the header is whole
     with pytest.raises(DataError, match=r"^row 7: the image is damaged"):
         encoder.encode(image, "row 7")
 
