@@ -30,7 +30,9 @@ $(READY): pyproject.toml
 
 train: $(READY) ## Train: accelerate launch train.py recipe=gemma4_sft $(ARGS)
 	@# Ctrl-C is for train.py, which saves first; the launcher would leave it behind.
-	@trap '' INT; exec $(VENV)/bin/accelerate launch --quiet $(LAUNCH) train.py recipe=gemma4_sft $(ARGS)
+	@# Given many processes, it would also kill them 30 s after it: too soon for a large save.
+	@trap '' INT; export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}; \
+		exec $(VENV)/bin/accelerate launch --quiet $(LAUNCH) train.py recipe=gemma4_sft $(ARGS)
 
 test: $(READY) ## Run the tests (no network, no GPU)
 	$(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(ARGS)

@@ -45,7 +45,7 @@ def arguments(seed: int | str, folder: Path | str) -> list[str]:
 def environment() -> dict[str, str]:
     """No GPU, and as many threads as accelerate chooses by itself."""
     kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    return kept | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_once(seed: int, folder: Path) -> tuple[float, float]:

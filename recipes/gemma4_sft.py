@@ -17,10 +17,16 @@ from gemtune.data import Batch, BatchStream, ChatDataset, prepare
 from gemtune.evaluation import exact_match, generate_answers
 from gemtune.loop import Session, evaluate, train
 from gemtune.memory import PeakTracker
-from gemtune.models import Processing, base_model, load_model, load_processing
+from gemtune.models import (
+    Processing,
+    base_model,
+    load_model,
+    load_processing,
+    trained_modalities,
+)
 from gemtune.pages import closing_page, first_loss_lines, start_page
 from gemtune.reporting import Reporter
-from gemtune.run_folder import open_folder, resume_point
+from gemtune.run_folder import MODEL_FOLDER, open_folder, resume_point
 from gemtune.runtime import Runtime, start
 from gemtune.tracking import new_run_id
 
@@ -57,6 +63,11 @@ def run(config: RunConfig) -> int:
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
     rejected = stages.train_rows.rejected + stages.eval_rows.rejected
     screen.lines(f"left out: {row}" for row in rejected)
+    if is_finished(runtime, session):
+        screen.say(f"this run is finished: all {session.num_steps} steps are done")
+        screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
+        reporter.finish()
+        return EXIT_DONE
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
     else:
@@ -75,12 +86,19 @@ def run(config: RunConfig) -> int:
     if finished:
         conclude(config, stages, session, reporter, screen)
     else:
+        again = " without run.resume=never" if config.run.resume == "never" else ""
         screen.say(
             f"Stopped after step {session.state.step} of {session.num_steps}; everything is saved "
-            f"in {runtime.run_dir}. To go on, run the same command again."
+            f"in {runtime.run_dir}. To go on, run the same command again{again}."
         )
     reporter.finish()
     return EXIT_DONE if finished else EXIT_INTERRUPTED
+
+
+def is_finished(runtime: Runtime, session: Session) -> bool:
+    """Whether an earlier start did everything; decided by the main process for all."""
+    exported = (runtime.run_dir / MODEL_FOLDER).exists()
+    return runtime.collect([session.state.step == session.num_steps and exported])[0]
 
 
 def build(config: RunConfig, screen: Screen) -> Stages:
@@ -105,7 +123,12 @@ def open_session(
     config: RunConfig, runtime: Runtime, stages: Stages, point: Path | None, screen: Screen
 ) -> tuple[Session, Reporter]:
     """Distribute -> restore -> open the run folder, its metrics and the dashboard."""
-    model = runtime.distribute(stages.model)
+    # A batch of text alone gives the vision tower no gradient; nothing here feeds the audio tower.
+    trained = trained_modalities(stages.model)
+    text_alone = "vision" in trained and not stages.train_rows.every_row_has_images
+    model = runtime.distribute(
+        stages.model, find_unused_parameters=text_alone or "audio" in trained
+    )
     runtime.seed_training(config.run.seed)
     state = TrainState(run_id=new_run_id())
     if point is not None:
@@ -186,8 +209,8 @@ def conclude(
             adapters.merge(runtime.release(session.model)),
             stages.processing.tokenizer,
             stages.processing.image_processor,
-            runtime.run_dir / "model",
+            runtime.run_dir / MODEL_FOLDER,
             stages.processing.processor_file,
         )
     runtime.wait_for_everyone()
-    screen.panel(*closing_page(config, runtime.run_dir, session.state, metrics, reporter.notice))
+    screen.panel(*closing_page(config, session, metrics, reporter.notice))

@@ -209,7 +209,7 @@ def draw_memory(axes: Axes, records: list[dict[str, Any]]) -> None:
         trained = series(records, "train/loss")[0]
         return write_instead(axes, NO_PEAK if trained else NO_STEP)
     smoothed = any(running_median(data) != data for data in lines.values())
-    axes.set_ylabel("GiB (running median; pale: each step)" if smoothed else "GiB")
+    axes.set_ylabel("GiB (bold: running median)" if smoothed else "GiB")
     for phase, data in lines.items():
         axes.plot(*data, color=PHASE_LINES[phase][0], linewidth=0.6, alpha=0.18)
     for phase, data in lines.items():

@@ -138,7 +138,7 @@ def train(
         record = _record(session, result, seconds=now - started, waited=fetched - started)
         started = now
         if not result.updated:
-            _count_nonfinite(session, result, config.max_nonfinite_steps)
+            _count_nonfinite(session, result, record, config.max_nonfinite_steps)
         done = state.step == session.num_steps
         stopping = result.stop_requested and not done
         if config.eval_every_steps and not state.step % config.eval_every_steps and not done:
@@ -262,8 +262,10 @@ def _suspects(
     return suspects or runtime.collect([row for batch in micro_batches for row in batch.rows])
 
 
-def _count_nonfinite(session: Session, result: StepResult, budget: int) -> None:
-    """Count a step whose update was left out; raise when there were too many."""
+def _count_nonfinite(
+    session: Session, result: StepResult, record: dict[str, Any], budget: int
+) -> None:
+    """Count a step whose update was left out; log it and raise when there were too many."""
     state = session.state
     state.nonfinite_steps += 1
     message = (
@@ -272,6 +274,7 @@ def _count_nonfinite(session: Session, result: StepResult, budget: int) -> None:
         f"Rows: {'; '.join(result.suspects)}"
     )
     if state.nonfinite_steps > budget:
+        session.log(record)
         raise TrainingError(
             f"{message}\nThe run stops. Look at these rows, lower optim.lr, or use float32 "
             "(model.dtype=float32). The last checkpoint is from before this step."

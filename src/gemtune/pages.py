@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from torch import nn
 
 from gemtune.adapters import Lora
-from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import ChatDataset
@@ -74,9 +72,10 @@ def first_loss_lines(config: RunConfig, loss: float | None) -> Iterator[str]:
 
 
 def closing_page(
-    config: RunConfig, run_dir: Path, state: TrainState, metrics: dict[str, float], dashboard: str
+    config: RunConfig, session: Session, metrics: Mapping[str, float], dashboard: str
 ) -> tuple[str, list[Row]]:
     """Title and rows: what was reached, where everything is, what to try next."""
+    state = session.state
     rows: list[Row] = []
     if "eval/loss" in metrics:
         before = "" if state.first_eval_loss is None else f"{state.first_eval_loss:.4f} -> "
@@ -90,7 +89,7 @@ def closing_page(
         ]
     if state.nonfinite_steps:
         rows.append(("left out", f"{state.nonfinite_steps} steps that were not finite", ""))
-    here = relative(run_dir)
+    here = relative(session.runtime.run_dir)
     rows += [
         ("model", f"{here}/model (loads in stock transformers)", ""),
         ("metrics", f"{here}/metrics.jsonl", ""),

@@ -38,6 +38,11 @@ class Reporter:
         """Where the dashboard is."""
         return self._dashboard.notice if self._dashboard else ""
 
+    @property
+    def newest(self) -> dict[str, Any]:
+        """The record of the newest step so far."""
+        return self._file.newest if self._file else {}
+
     def training(self, record: dict[str, Any]) -> None:
         """The record of a step: always to the file, elsewhere when one is due."""
         if self._file is None or self._dashboard is None:

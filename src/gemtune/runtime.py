@@ -106,8 +106,15 @@ class Runtime:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def distribute(self, model: nn.Module) -> nn.Module:
-        """On the device, under autocast where asked, wrapped for DDP where there are processes."""
+    def distribute(self, model: nn.Module, *, find_unused_parameters: bool) -> nn.Module:
+        """On the device, under autocast where asked, wrapped for DDP where there are processes.
+
+        DDP waits for ever for a parameter that got no gradient on one rank, unless it looks for
+        such parameters, which costs a walk over the graph in each step.
+        """
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=find_unused_parameters
+        )
         return self.accelerator.prepare(model)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -161,9 +168,7 @@ def start(settings: RunSettings, parallel: ParallelConfig) -> Runtime:
         cpu=not torch.cuda.is_available(),
         mixed_precision=parallel.mixed_precision,
         kwargs_handlers=[
-            # A batch of text alone gives the towers no gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout_seconds)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout_seconds))
         ],
     )
     seed_everything(settings.seed)

@@ -54,21 +54,21 @@ class MetricsFile:
         staging.write_bytes(b"".join(map(_line, records)))
         staging.replace(path)
         self._file = path.open("r+b", buffering=0)
-        self._newest: dict[str, Any] = records[-1] if records else {}
+        self.newest: dict[str, Any] = records[-1] if records else {}
         self._end = self._file.seek(0, os.SEEK_END)
-        self._newest_at = self._end - (len(_line(self._newest)) if records else 0)
+        self._newest_at = self._end - (len(_line(self.newest)) if records else 0)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Numbers that JSON has no word for (NaN, infinity) are written as null."""
         record = {"step": step} | {k: _json_value(v) for k, v in metrics.items()}
-        if self._newest.get("step") == step:
-            record = self._newest | record
+        if self.newest.get("step") == step:
+            record = self.newest | record
             self._file.seek(self._newest_at)
         else:
             self._newest_at = self._file.seek(self._end)
         # One write, and only then the cut: a crash in between leaves the new line whole, and behind
         # it at most the end of the old one, which is dropped when the run goes on.
-        self._newest = record
+        self.newest = record
         self._end = self._newest_at + self._file.write(_line(record))
         self._file.truncate(self._end)
 

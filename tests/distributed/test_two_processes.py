@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, REPOSITORY, SMALL, RunFolder, TrainRun
+from whole_runs import CONFIGS, REPOSITORY, SMALL, RunFolder, TrainRun
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 STEPS = 8

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunFolder, TrainRun
 from safetensors.torch import load_file, save_file
+from whole_runs import RunFolder, TrainRun
 
 import recipes.gemma4_sft as recipe
 

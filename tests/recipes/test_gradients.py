@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TrainRun
+from whole_runs import RunFolder, TrainRun
 
 import recipes.gemma4_sft as recipe
 from gemtune.errors import TrainingError
@@ -74,12 +74,14 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 
 def test_too_many_such_steps_end_the_run(
-    train_run: TrainRun, monkeypatch: pytest.MonkeyPatch
+    train_run: TrainRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     poison(monkeypatch, 2, 3)
     with pytest.raises(TrainingError) as stopped:
         train_run("loop.max_nonfinite_steps=1", "checkpoint.every_steps=1")
     text = str(stopped.value)
+    last = RunFolder(tmp_path / "runs" / "run", 0).metrics()[-1]
+    assert (last["step"], last["train/nonfinite_steps"], last["train/loss"]) == (3, 2, None)
     # The rows of the micro-batch whose loss was not finite, not those of the other one.
     assert "step 3" in text and text.count("train.parquet row ") == 4
     assert "2 such steps, 1 allowed" in text

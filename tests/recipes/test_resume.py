@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, SMALL, RunFolder, TrainRun
+from whole_runs import REPOSITORY, SMALL, RunFolder, TrainRun
 
 from gemtune.errors import CheckpointError, ConfigError
 from gemtune.reporting import Reporter
@@ -100,7 +100,7 @@ def test_resume_from_an_earlier_checkpoint(
 def test_sigkill_at_any_moment(finished_run: RunFolder, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "train.py"), f"run.dir={tmp_path}", "run.name=run"]
     command += [*SMALL, "checkpoint.every_steps=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = RunFolder(tmp_path / "run", 0)
     metrics = run.path / "metrics.jsonl"
 
@@ -120,11 +120,22 @@ def test_sigkill_at_any_moment(finished_run: RunFolder, tmp_path: Path) -> None:
 
 def test_a_finished_run_is_not_trained_again(train_run: TrainRun, copied: RunFolder) -> None:
     checkpoints, losses = snapshot(copied.path / "checkpoints"), copied.metrics()
-    model = {name: content for name, (_, content) in snapshot(copied.path / "model").items()}
+    model = snapshot(copied.path / "model")
     again = train_run("checkpoint.every_steps=2")
     assert again.status == 0
     assert snapshot(again.path / "checkpoints") == checkpoints
     assert again.metrics() == losses  # with the seconds of every step
+    assert snapshot(again.path / "model") == model  # not even written again
+
+
+def test_a_run_killed_before_its_model_was_written_writes_it(
+    train_run: TrainRun, copied: RunFolder
+) -> None:
+    model = {name: content for name, (_, content) in snapshot(copied.path / "model").items()}
+    losses = copied.losses()
+    shutil.rmtree(copied.path / "model")
+    again = train_run("checkpoint.every_steps=2")
+    assert again.losses() == losses
     after = {name: content for name, (_, content) in snapshot(again.path / "model").items()}
     assert after == model
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from conftest import RunFolder, TrainRun, compose
+from whole_runs import RunFolder, TrainRun, compose
 
 PHASES = ("forward", "loss", "backward", "optimizer")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import compose
+from whole_runs import compose
 
 from gemtune.config import RunConfig
 from gemtune.errors import CheckpointError, ConfigError

@@ -78,7 +78,11 @@ def _add_legacy_keys(path: Path) -> None:
     config = json.loads(path.read_text())
     text = config["text_config"]
     full = next(i for i, kind in enumerate(text["layer_types"]) if kind == "full_attention")
-    of_full = (text.get("per_layer_config") or {}).get(str(full), {})
+    # Its keys are layer numbers as text, padded to one width ("05") from ten layers on.
+    overrides = {
+        int(layer): values for layer, values in (text.get("per_layer_config") or {}).items()
+    }
+    of_full = overrides.get(full, {})
     text.setdefault("global_head_dim", of_full.get("head_dim", text["head_dim"]))
     text.setdefault("num_global_key_value_heads", of_full.get("num_key_value_heads"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

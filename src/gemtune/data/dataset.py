@@ -126,6 +126,10 @@ class ChatDataset:
         )
 
     @property
+    def every_row_has_images(self) -> bool:
+        return all(kept.num_images for kept in self._kept)
+
+    @property
     def num_images(self) -> int:
         return sum(kept.num_images for kept in self._kept)
 

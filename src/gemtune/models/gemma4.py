@@ -104,6 +104,7 @@ def load_model(config: ModelConfig, processing: Processing, seed: int) -> nn.Mod
     Raises:
         ModelError: the weights cannot be read.
     """
+    config.resolve_dtype(frozen=False)  # unless that was decided before
     model = _build(config, processing, seed)
     freeze(model, config.freeze)
     if config.gradient_checkpointing:

@@ -44,6 +44,12 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def trained_modalities(model: nn.Module) -> set[str]:
+    """Of "vision" and "audio", those with a parameter, adapter or not, that is trained."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {kind for kind in ("vision", "audio") if any(kind in name for name in trained)}
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model below the LM head: its output is the last hidden state."""
     return model.model

@@ -1,0 +1,220 @@
+"""Write the tables of BENCHMARKS.md, and the figures of README.md, from benchmarks/results.
+
+    python benchmarks/render.py            # rewrite the marked parts
+    python benchmarks/render.py --check    # exit 1 if they say anything else; changes nothing
+
+A marked part is `<!-- results: NAME -->...<!-- /results -->` (a table) or
+`<!-- figure: NAME -->...<!-- /figure -->` (a word in a sentence). Needs no package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCUMENTS = ("BENCHMARKS.md", "README.md")
+MARK = re.compile(
+    r"<!-- (?P<kind>results|figure): (?P<name>\w+) -->(?P<body>.*?)<!-- /(?P=kind) -->", re.DOTALL
+)
+NOT_MEASURED = "not measured"
+
+Result = dict[str, Any]
+
+
+def load(name: str, folder: Path = RESULTS) -> Result | None:
+    """A result file; None where it was not measured."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column but the first is aligned to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def setting(result: Result) -> str:
+    """Where, when and with what a result was measured."""
+    machine = result["machine"]
+    lines = [
+        f"- Command: `{result['command']}`",
+        f"- Machine: {machine['cpu']}, {machine['num_cores']} cores, {machine['ram_gib']:g} GiB "
+        f"RAM; load average before the start {machine['load_before']:g}",
+        f"- {result['os']}; Python {result['python']}, torch {result['torch']}, transformers "
+        f"{result['transformers']}, gemtune {result['gemtune']} at revision "
+        f"{result['git_revision']}, {result['date']}",
+    ]
+    return "\n".join(lines)
+
+
+def default_run(result: Result) -> str:
+    """A row for each seed."""
+    kinds = sorted({kind for row in result["seeds"] for kind in row["exact_match_by_kind"]})
+    header = ["device, seed", "exact match", *(kind.replace("_", " ") for kind in kinds)]
+    header += ["eval/loss", "wall time", "peak memory"]
+    rows = []
+    for row in result["seeds"]:
+        cells = [f"CPU, {row['seed']}", f"{row['exact_match']:.1%}"]
+        cells += [f"{row['exact_match_by_kind'][kind]:.1%}" for kind in kinds]
+        minutes, seconds = divmod(round(row["wall_seconds"]), 60)
+        cells += [
+            f"{row['eval_loss_first']:.2f} → {row['eval_loss_last']:.4f}",
+            f"{minutes}:{seconds:02} min",
+            f"{row['peak_rss_gib']:.2f} GiB",
+        ]
+        rows.append(cells)
+    rows.append(["GPU", *[NOT_MEASURED] * (len(header) - 1)])
+    first = result["seeds"][0]
+    note = f"{first['num_steps']} steps, then {first['num_answers']} generated answers."
+    return f"{setting(result)}\n\n{table(header, rows)}\n\n{note}"
+
+
+def interval(values: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:
+    """Median (smallest to largest)."""
+    low, middle, high = (f"{values[key] * scale:,.{digits}f}" for key in ("min", "median", "max"))
+    return f"{middle} ({low}–{high})"
+
+
+def linear_cross_entropy(result: Result) -> str:
+    """Three tables for each head: time over the matmuls, milliseconds, and memory."""
+    settings = result["settings"]
+    size = (
+        f"N = {settings['rows']} rows, H = {settings['hidden']}, V = {settings['vocabulary']}, "
+        f"cap {settings['softcap']:g}, {settings['dtype']}, {settings['threads']} thread(s), "
+        f"{settings['repetitions']} rounds."
+    )
+    names = [f"- `{name}`: {text}" for name, text in result["contestants"].items()]
+    parts = [setting(result), f"- Size: {size}", "", *names, ""]
+    for frozen, head in ((False, "Full head"), (True, "Frozen head")):
+        cases = [case for case in result["cases"] if case["frozen_head"] is frozen]
+        for title, cell in (
+            ("time divided by the time of the matmuls that are needed", ratio_cell),
+            ("milliseconds, forward and backward", milliseconds_cell),
+            ("peak memory above the inputs, MiB", memory_cell),
+        ):
+            parts += [f"**{head}: {title}**", "", contest(result, cases, cell), ""]
+    return "\n".join(parts).strip()
+
+
+def contest(result: Result, cases: list[Result], cell: Callable[[Result], str]) -> str:
+    """Contestants down, shares of ignored labels across."""
+    header = ["ignored labels", *(f"{case['ignored_percent']}%" for case in cases)]
+    rows = []
+    for name in result["contestants"]:
+        cells = [cell(case["rows"][name]) if name in case["rows"] else "" for case in cases]
+        if any(cells):
+            rows.append([f"`{name}`", *cells])
+    if cell is memory_cell:
+        sizes = (f"{case['gradients_mib']:,.0f}" for case in cases)
+        rows.append(["the gradients alone (computed)", *sizes])
+    for text in result["not_measured"].values():
+        rows.append([text.split(":")[0], *[NOT_MEASURED] * len(cases)])
+    rows.append(["any of them on a GPU", *[NOT_MEASURED] * len(cases)])
+    return table(header, rows)
+
+
+def ratio_cell(row: Result) -> str:
+    return interval(row["ratio_to_matmuls"])
+
+
+def milliseconds_cell(row: Result) -> str:
+    return interval(row["seconds"], 1e3, 0)
+
+
+def memory_cell(row: Result) -> str:
+    return "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+
+
+def vision_position_lookup(result: Result) -> str:
+    """The two ways, and what the one-hot takes for more images than fit here."""
+    settings, computed = result["settings"], result["computed_one_hot"]
+    size = (
+        f"{settings['images']} images of {settings['patches']} patches, 2 tables of "
+        f"{settings['table']} rows, hidden size {settings['hidden']}, {settings['dtype']}, "
+        f"{settings['threads']} thread(s), {settings['repetitions']} rounds."
+    )
+    header = ["", "milliseconds", "time / lookup", "peak above the inputs"]
+    rows = []
+    for name, text in result["contestants"].items():
+        row = result["rows"][name]
+        times = interval(row["seconds"], 1e3, 0)
+        peak = NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
+        rows.append([text, times, interval(row["ratio_to_lookup"], 1.0, 1), peak])
+    rows.append(["the gradient alone (computed)", "", "", f"{result['gradient_mib']:,.0f} MiB"])
+    rows.append(["either on a GPU", *[NOT_MEASURED] * 3])
+    note = (
+        f"Computed, not measured: the one-hot of {computed['images']} such images is "
+        f"{computed['int64_gib']:.2f} GiB in int64, and its bfloat16 copy "
+        f"{computed['bfloat16_gib']:.2f} GiB."
+    )
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}\n\n{note}"
+
+
+def exact_match(folder: Path) -> str:
+    """Of the default command, whose seed is 0."""
+    result = load("default_run", folder)
+    rows = [] if result is None else [row for row in result["seeds"] if row["seed"] == 0]
+    return f"{rows[0]['exact_match']:.1%}" if rows else NOT_MEASURED
+
+
+TABLES = {
+    "default_run": default_run,
+    "linear_cross_entropy": linear_cross_entropy,
+    "vision_position_lookup": vision_position_lookup,
+}
+FIGURES = {"exact_match": exact_match}
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """The document with its marked parts made anew."""
+
+    def replace(mark: re.Match[str]) -> str:
+        kind, name = mark["kind"], mark["name"]
+        known = TABLES if kind == "results" else FIGURES
+        if name not in known:
+            raise SystemExit(f"'{kind}: {name}' is not known. Known: {', '.join(known)}.")
+        if kind == "figure":
+            body = FIGURES[name](folder)
+        else:
+            result = load(name, folder)
+            body = f"\n{TABLES[name](result) if result else NOT_MEASURED}\n"
+        return f"<!-- {kind}: {name} -->{body}<!-- /{kind} -->"
+
+    return MARK.sub(replace, text)
+
+
+def main() -> int:
+    """Rewrite, or compare; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args()
+    stale = []
+    for path in (RESULTS.parents[1] / name for name in DOCUMENTS):
+        text = path.read_text(encoding="utf-8")
+        rendered = render(text)
+        if rendered == text:
+            continue
+        stale.append(path.name)
+        if not options.check:
+            path.write_text(rendered, encoding="utf-8")
+    if not stale:
+        print("the documents say what benchmarks/results says")
+    elif options.check:
+        print(
+            f"{' and '.join(stale)}: not what benchmarks/results says. Run: "
+            "python benchmarks/render.py",
+            file=sys.stderr,
+        )
+    else:
+        print(f"wrote {' and '.join(stale)}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Whole runs inside the test process, small enough to take a second or two."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from gemtune.config import RunConfig, find_recipe, typed
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = REPOSITORY / "configs"
+
+SMALL = (
+    "tracker=none",
+    "optim.lr=3e-3",
+    "schedule.warmup_steps=0",
+    "loop.max_steps=4",
+    "loop.global_batch_size=8",
+    "loop.micro_batch_size=4",
+    "loop.eval_micro_batch_size=8",
+    "data.max_rows=48",
+    "data.eval_max_rows=8",
+    "data.eval_generate_rows=4",
+    "data.eval_max_new_tokens=3",
+)
+"""Overrides that make a run small; those of a test come after them."""
+
+
+def compose(*overrides: str) -> RunConfig:
+    """The configuration that `train.py` would make of these arguments."""
+    arguments = [f"++{o}" if re.match(r"[a-z_]+(\.\w+)+=", o) else o for o in overrides]
+    if (CONFIGS / "local").is_dir():
+        arguments.append("local=absent")  # hides the developer's own configs/local/default.yaml
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return typed(hydra.compose("train", arguments))
+
+
+@dataclass
+class RunFolder:
+    """A run folder and how its last start ended."""
+
+    path: Path
+    status: int
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl."""
+        lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def losses(self) -> dict[int, float]:
+        """Step -> train/loss."""
+        return {m["step"]: m["train/loss"] for m in self.metrics() if "train/loss" in m}
+
+    def checkpoints(self) -> list[Path]:
+        """Committed checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step_*"))
+
+    def tensors(self, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+        """Of the newest checkpoint."""
+        return load_file(str(self.checkpoints()[-1] / file))
+
+    def training_state(self) -> dict[str, bytes]:
+        """File -> content of the newest checkpoint: parameters, optimizer, random numbers."""
+        files = [f for f in self.checkpoints()[-1].iterdir() if f.name != "state.json"]
+        return {f.name: f.read_bytes() for f in files}
+
+
+TrainRun = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def train_run(tmp_path: Path) -> Iterator[TrainRun]:
+    """`train_run(*overrides, run_dir=FOLDER)` trains in this process, into run_dir/run."""
+    handler = signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in the same order on every machine, and fast beside others
+
+    def run(*overrides: str, run_dir: Path = tmp_path / "runs") -> RunFolder:
+        return train_in_process(*overrides, run_dir=run_dir)
+
+    yield run
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+
+
+def train_in_process(*overrides: str, run_dir: Path) -> RunFolder:
+    """As the fixture, for fixtures that live longer than a test."""
+    config = compose("run.name=run", f"run.dir={run_dir}", *SMALL, *overrides)
+    # accelerate keeps its state in the classes.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with pytest.MonkeyPatch.context() as patched:
+        # On the CPU wherever the tests run: these compare bits.
+        patched.setattr(torch.cuda, "is_available", lambda: False)
+        status = find_recipe(config)(config)
+    return RunFolder(config.run.folder, status)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A small run that is done. Shared: tests must not change it."""
+    handler = signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = train_in_process("checkpoint.every_steps=2", run_dir=tmp_path_factory.mktemp("finished"))
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(finished_run: RunFolder) -> Path:
+    """A model folder as a run exports it: for `model.path=FOLDER model.weights=pretrained`."""
+    return finished_run.path / "model"
