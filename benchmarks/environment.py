@@ -6,7 +6,9 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ def describe(command: str) -> dict[str, Any]:
         "transformers": _version("transformers"),
         "gemtune": _version("gemtune"),
     }
+
+
+def typed_command(script: str) -> str:
+    """The command line that started a script of this folder, without where that is."""
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]])
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

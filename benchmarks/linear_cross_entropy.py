@@ -1,6 +1,6 @@
 """Time and peak memory of the LM-head loss, forward and backward, on the CPU.
 
-    python benchmarks/linear_cross_entropy.py                      # about 15 minutes
+    python benchmarks/linear_cross_entropy.py                      # about 20 minutes
     python benchmarks/linear_cross_entropy.py --repetitions 1 --no-memory      # a trial
 
 Every contestant gets the same hidden states, head weight and labels. `matmuls` is the lower bound:
@@ -15,12 +15,11 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from environment import REPOSITORY, describe, write_result
+from environment import REPOSITORY, describe, typed_command, write_result
 from measure import MIB, peak_in_new_process, print_peak, ratios, spread, time_in_turn
 from torch import Tensor
 
@@ -245,7 +244,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.peak_of:
         return report_peak(options)
-    result: dict[str, Any] = describe(f"python benchmarks/{Path(__file__).name}")
+    result: dict[str, Any] = describe(typed_command(__file__))
     sizes = ("rows", "hidden", "vocabulary", "softcap", "threads", "repetitions")
     result["settings"] = {size: getattr(options, size) for size in sizes} | {"dtype": "float32"}
     result["contestants"] = {name: text for name, (_, text) in CONTESTANTS.items()}

@@ -93,6 +93,8 @@ def linear_cross_entropy(result: Result) -> str:
     parts = [setting(result), f"- Size: {size}", "", *names, ""]
     for frozen, head in ((False, "Full head"), (True, "Frozen head")):
         cases = [case for case in result["cases"] if case["frozen_head"] is frozen]
+        if not cases:
+            continue
         for title, cell in (
             ("time divided by the time of the matmuls that are needed", ratio_cell),
             ("milliseconds, forward and backward", milliseconds_cell),

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from environment import GIB, REPOSITORY, describe, write_result
+from environment import GIB, REPOSITORY, describe, typed_command, write_result
 from measure import MIB, peak_in_new_process, print_peak, ratios, spread, time_in_turn
 from torch import Tensor
 
@@ -143,7 +142,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.peak_of:
         return report_peak(options)
-    result: dict[str, Any] = describe(f"python benchmarks/{Path(__file__).name}")
+    result: dict[str, Any] = describe(typed_command(__file__))
     sizes = ("images", "patches", "table", "hidden", "threads", "repetitions")
     result["settings"] = {size: getattr(options, size) for size in sizes} | {"dtype": "float32"}
     result["contestants"] = {name: text for name, (_, text) in CONTESTANTS.items()}

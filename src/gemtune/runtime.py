@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gemtune.errors import ConfigError
 from gemtune.options import option, require_choice, require_range
@@ -113,7 +114,13 @@ class Runtime:
         such parameters, which costs a walk over the graph in each step.
         """
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=find_unused_parameters
+            find_unused_parameters=find_unused_parameters, broadcast_buffers=False
+        )
+        # Buffers (RoPE frequencies, clipping ranges) are constants that every rank has. DDP would
+        # copy rank 0's over them by position, and transformers before 5.10 registers some in the
+        # order of a set, which differs between processes: ranks ended up with the wrong ones.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name, _ in model.named_buffers()]
         )
         return self.accelerator.prepare(model)
 

@@ -53,6 +53,11 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear = nn.Linear(3, 2)
+        # As transformers before 5.10 registers RoPE frequencies: in the order of a set, which is
+        # another one in every process.
+        names = ["ones", "twos"] if os.environ.get("RANK") == "1" else ["twos", "ones"]
+        for name in names:
+            self.register_buffer(name, torch.full((2,), 1.0 + (name == "twos")), persistent=False)
 
     def forward(self, values: torch.Tensor, labels: torch.Tensor) -> Output:
         return Output(self.linear(values).square().sum(1).mean())
@@ -107,6 +112,7 @@ def two_ranks(rank: int, port: int, run_dir: str) -> None:
     found["optimizer after bad"] = len(session.optimizer.state)
     found["good"] = step(session, [Rows(mine, 5)], max_grad_norm=None)
     found["after good"] = parameters(session)
+    found["buffers"] = {name.rpartition(".")[2]: b for name, b in session.model.named_buffers()}
     torch.save(found, f"{run_dir}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -126,6 +132,8 @@ def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
         assert all(map(torch.equal, found["after good"], ranks[0]["after good"]))
         assert not any(map(torch.equal, found["after good"], found["start"]))
         assert len(found["good"].peaks_gib) == 2
+        assert found["buffers"]["ones"].tolist() == [1.0, 1.0]
+        assert found["buffers"]["twos"].tolist() == [2.0, 2.0]
 
     # What one process makes of all four rows in one micro-batch.
     layer = Layer()
