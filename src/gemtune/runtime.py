@@ -68,11 +68,14 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._first_at = 0.0
+        self._process = os.getpid()
 
     def install(self, say: Any) -> None:
         """Take over SIGINT; `say` prints one line."""
 
         def handler(*_: object) -> None:
+            if os.getpid() != self._process:
+                return  # a loader worker, forked with this handler: its parent will end it
             now = time.monotonic()
             if self.requested and now - self._first_at > 1:
                 raise KeyboardInterrupt
