@@ -1,7 +1,6 @@
 """The entry point: `accelerate launch train.py recipe=gemma4_sft [group=choice] [key=value]`."""
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from gemtune.composition import explain
+from gemtune.composition import explain, with_unchecked_keys
 from gemtune.config import describe_fields, find_recipe, typed
 from gemtune.errors import UserError
 
@@ -29,29 +28,21 @@ def main(composed: DictConfig) -> None:
         config = typed(composed)
         sys.exit(find_recipe(config)(config))
     except UserError as error:
-        _refuse(error)
+        refuse(error)
 
 
-def _checked_by_us(argument: str) -> str:
-    """Let `a.b=c` through Hydra even where YAML does not name the key.
-
-    YAML states choices only, so Hydra does not know the keys; `typed()` does, and names the nearest
-    one when a key is misspelt.
-    """
-    return f"++{argument}" if re.match(r"[a-z_]+(\.\w+)+=", argument) else argument
-
-
-def _refuse(error: object) -> NoReturn:
+def refuse(reason: object) -> NoReturn:
+    """One message instead of a traceback."""
     rank = os.environ.get("RANK", "0")
-    print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
+    print(f"error{f' (rank {rank})' if rank != '0' else ''}: {reason}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [_checked_by_us(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = with_unchecked_keys(sys.argv[1:])
     try:
         main()
     except HydraException as error:
-        _refuse(explain(str(error), Path(__file__).parent / "configs"))
+        refuse(explain(str(error), Path(__file__).parent / "configs"))
     except KeyboardInterrupt:
         sys.exit(130)

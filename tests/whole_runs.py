@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from gemtune.composition import with_unchecked_keys
 from gemtune.config import RunConfig, find_recipe, typed
 
 REPOSITORY = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ SMALL = (
 
 def compose(*overrides: str) -> RunConfig:
     """The configuration that `train.py` would make of these arguments."""
-    arguments = [f"++{o}" if re.match(r"[a-z_]+(\.\w+)+=", o) else o for o in overrides]
+    arguments = with_unchecked_keys(list(overrides))
     if (CONFIGS / "local").is_dir():
         arguments.append("local=absent")  # hides the developer's own configs/local/default.yaml
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):

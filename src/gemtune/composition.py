@@ -1,4 +1,4 @@
-"""Plain words for what Hydra says when a group, a choice or a section does not exist."""
+"""What goes into Hydra, and plain words for what it says when a group or choice is missing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from pathlib import Path
 
 from gemtune.options import did_you_mean
 
+_KEY = re.compile(r"[a-z_]+(\.\w+)+=")
 _NO_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")
 _NO_GROUP = re.compile(r"Could not override '([^']+)'")
+
+
+def with_unchecked_keys(arguments: list[str]) -> list[str]:
+    """The command line with every `a.b=c` as `++a.b=c`, which Hydra takes as it is.
+
+    YAML states choices only, so Hydra does not know the keys; `gemtune.config.typed` does, and
+    names the nearest one when a key is misspelt.
+    """
+    return [f"++{argument}" if _KEY.match(argument) else argument for argument in arguments]
 
 
 def explain(message: str, config_dir: Path) -> str:

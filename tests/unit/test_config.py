@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from gemtune.adapters import Adapter, Lora
-from gemtune.composition import explain
+from gemtune.composition import explain, with_unchecked_keys
 from gemtune.config import RunConfig, describe_fields, find_recipe, load_yaml, save_yaml, typed
 from gemtune.errors import ConfigError
 from gemtune.patches.linear_cross_entropy import LinearCrossEntropy
@@ -152,3 +152,9 @@ def test_explain_lists_the_choices(tmp_path: Path) -> None:
     group = explain("Could not override 'modle'.\nTo append ...", tmp_path)
     assert "Did you mean 'model'?" in group
     assert explain("other\nConfig search path:\n\tprovider=x", tmp_path) == "other"
+
+
+def test_keys_pass_hydra_unchecked_and_groups_do_not() -> None:
+    arguments = ["optim.lr=1", "model=e2b", "patches=[a.b=c]", "+optim.x=1", "--cfg", "hydra/x=y"]
+    expected = ["++optim.lr=1", *arguments[1:]]
+    assert with_unchecked_keys(arguments) == expected
