@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 NEEDS_MATPLOTLIB = (
     "error: drawing needs matplotlib, and it is not installed here. Install it with\n"
     "  pip install matplotlib\n"
-    "(in a checkout also: pip install -e '.[assets]')"
+    "(in a checkout also: pip install -e '.[dev]')"
 )
 # Distinct in hue and in lightness, for readers who do not tell all hues apart (Okabe and Ito 2008).
 BLUE, ORANGE = "#0072b2", "#d55e00"
