@@ -152,6 +152,7 @@ def test_counts(run, chat, png, write_parquet):
     train, _ = run(write_parquet(rows), eval_fraction=0)
     examples = [train[i] for i in range(3)]
     assert train.num_images == 3 == sum(len(e.images) for e in examples)
+    assert train.every_row_has_images == all(e.images for e in examples)
     assert train.num_tokens == sum(len(e.input_ids) for e in examples)
     assert train.longest_row_tokens == max(len(e.input_ids) for e in examples)
     assert train.num_supervised_tokens == sum(int((e.labels != -100).sum()) for e in examples)
@@ -174,6 +175,7 @@ def test_a_cut_row_has_only_the_images_before_the_cut(run, chat, png, write_parq
     path = write_parquet([chat((None, "a"), ("b",), (None, "c"), ("d",), images=[png(), png()])])
     train, _ = run(path, truncate="right", max_length=20)
     assert train.num_images == len(train[0].images) == 1
+    assert train.every_row_has_images
     assert len(train[0].input_ids) == 20
 
 

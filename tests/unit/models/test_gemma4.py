@@ -12,8 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma4ForConditionalGeneration
 
 import gemtune
+from gemtune.adapters import Lora, attach
 from gemtune.errors import ModelError
-from gemtune.models import ModelConfig, freeze, load_model, load_processing, part_parameters
+from gemtune.models import (
+    ModelConfig,
+    freeze,
+    load_model,
+    load_processing,
+    part_parameters,
+    trained_modalities,
+)
 
 ASSETS = Path(gemtune.__file__).parent / "assets" / "tiny"
 TINY = {"path": "bundled:tiny", "weights": "random"}
@@ -76,6 +84,18 @@ def test_parts_cover_every_parameter_once() -> None:
     frozen = {part for part, (_, trainable) in part_parameters(model).items() if not trainable}
     assert frozen == {"ple", "vision"}
     assert counts["ple"][0] == model.model.language_model.embed_tokens_per_layer.weight.numel()
+
+
+def test_a_trained_tower_is_noticed_also_when_only_its_adapter_or_projector_is() -> None:
+    model = load(ModelConfig(**TINY))
+    assert trained_modalities(model) == {"vision"}
+    freeze(model, ["vision"])
+    assert trained_modalities(model) == {"vision"}  # the projector gets no gradient from text
+    freeze(model, ["projector"])
+    assert trained_modalities(model) == set()
+    adapted = attach(load(ModelConfig(**TINY)), Lora(parts=["vision"]))
+    assert trained_modalities(adapted) == {"vision"}
+    assert trained_modalities(attach(load(ModelConfig(**TINY)), Lora())) == set()
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,4 +67,5 @@ def test_a_result_names_its_setting_and_no_path(path: Path) -> None:
     result = json.loads(text)
     assert result.keys() >= HEADER
     assert {"cpu", "num_cores", "ram_gib"} <= result["machine"].keys()
-    assert not [word for word in ("/home/", "/root/", "/tmp/", "/work/") if word in text]
+    places = (Path.home(), Path(tempfile.gettempdir()), Path(__file__).parents[3])
+    assert not [place for place in places if f"{place}/" in text]
