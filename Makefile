@@ -24,8 +24,9 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "gemtune needs Python 3.11 or newer; found: $$($(PYTHON) --version 2>&1)."; \
 		  echo "Name another one: make setup PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev,trackio]'
+	@echo "making $(VENV) and installing gemtune with what it needs (once; takes some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev,trackio]'
 	@touch $(READY)
 
 train: $(READY) ## Train: accelerate launch train.py recipe=gemma4_sft $(ARGS)
