@@ -14,7 +14,6 @@ from omegaconf.errors import (
     ConfigKeyError,
     InterpolationResolutionError,
     MissingMandatoryValue,
-    OmegaConfBaseException,
     ValidationError,
 )
 
@@ -189,17 +188,6 @@ def save_yaml(values: Mapping[str, Any], path: Path) -> None:
     staging = path.with_suffix(".staging")
     staging.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(values))))
     staging.replace(path)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read plain values. Raises ConfigError if the file is no YAML mapping."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {_first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no mapping.")
-    return values
 
 
 def describe_fields() -> str:

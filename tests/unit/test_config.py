@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from gemtune.adapters import Adapter, Lora
 from gemtune.composition import explain, with_unchecked_keys
-from gemtune.config import RunConfig, describe_fields, find_recipe, load_yaml, save_yaml, typed
+from gemtune.config import RunConfig, describe_fields, find_recipe, save_yaml, typed
 from gemtune.errors import ConfigError
 from gemtune.patches.linear_cross_entropy import LinearCrossEntropy
 
@@ -115,11 +116,8 @@ def test_as_dict_round_trips_through_yaml(tmp_path: Path) -> None:
     config = typed(config_with(adapter={"_target_": "gemtune.adapters.Lora"}))
     path = tmp_path / "config.yaml"
     save_yaml(config.as_dict(), path)
-    assert load_yaml(path) == config.as_dict()
+    assert yaml.safe_load(path.read_text()) == config.as_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
-    path.write_text("- just\n- a list\n")
-    with pytest.raises(ConfigError, match="holds no mapping"):
-        load_yaml(path)
 
 
 def test_every_field_is_described() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
+import wandb
 
 from gemtune.errors import ConfigError
 from gemtune.tracking import MetricsFile, TrackerConfig, open_dashboard, wandb_mode
@@ -147,7 +148,6 @@ def test_online_only_where_there_is_a_key(no_keys: Path, monkeypatch: pytest.Mon
 
 
 def test_wandb_offline(no_keys: Path, tmp_path: Path, monkeypatch, capfd) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setattr(sys, "argv", ["train.py", f"secret.token={CANARY}"])
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("MY_SECRET", CANARY)
@@ -174,7 +174,6 @@ def test_wandb_offline(no_keys: Path, tmp_path: Path, monkeypatch, capfd) -> Non
 
 def test_wandb_goes_by_our_steps(no_keys: Path, tmp_path: Path, monkeypatch) -> None:
     """Its own counter would drop the steps that a resumed run logs again."""
-    wandb = pytest.importorskip("wandb")
     run = Mock()
     run.settings.sync_dir = "x"
     monkeypatch.setattr(wandb, "init", lambda **_: run)
@@ -184,7 +183,6 @@ def test_wandb_goes_by_our_steps(no_keys: Path, tmp_path: Path, monkeypatch) -> 
 
 
 def test_wandb_that_does_not_start_is_said_plainly(no_keys: Path, tmp_path: Path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
 
     def fails(**_: object) -> None:
         raise wandb.errors.CommError("no network")

@@ -1,5 +1,6 @@
 """Files and hub data sets become rows, or a message with the remedy."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -96,10 +97,14 @@ def test_the_media_root_is_the_folder_of_the_file(jsonl, monkeypatch, tmp_path):
     assert source.name == "rows.jsonl"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(jsonl):
+def test_a_file_that_may_not_be_read(jsonl, monkeypatch):
     path = jsonl(LINE)
-    os.chmod(path, 0)  # noqa: PTH101
+
+    def refuse(*_, **__):  # root may read everything, so the mode of the file would not do
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for place in ("pathlib.Path.open", "pathlib.Path.read_bytes", "builtins.open"):
+        monkeypatch.setattr(place, refuse)
     assert refusal(path) == f"{path} cannot be read: Permission denied."
 
 

@@ -11,15 +11,6 @@ from gemtune.losses import linear_cross_entropy
 IGNORE = -100
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors wait for busy cores longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def problem(num_rows=37, hidden_size=13, vocab_size=101, ignored=0.0, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_rows, hidden_size, generator=generator, dtype=torch.float64)

@@ -11,15 +11,6 @@ from gemtune.losses.tiles import rows_per_chunk
 IGNORE = -100
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors wait for busy cores longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def problem(num_rows=37, hidden_size=13, vocab_size=101, ignored=0.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_rows, hidden_size, generator=generator, dtype=torch.float64)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "plot_run.py"
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -53,20 +54,17 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_draws(name: str, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    pytest.importorskip("matplotlib")
     run = write(tmp_path / name, *RUNS[name], end='{"step": 9, "train/lo')  # cut short by a crash
     done = plot(run, "-o", tmp_path / "new" / "out.png")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    with image.open(tmp_path / "new" / "out.png") as picture:
+    with Image.open(tmp_path / "new" / "out.png") as picture:
         assert picture.width > picture.height > 500
         # Every panel has something drawn into it: many colours, no empty page.
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
 
 
 def test_without_an_output_the_picture_is_beside_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     run = write(tmp_path / "run", trained(1))
     assert plot(run).returncode == 0
     assert (run / "metrics.png").stat().st_size > 0
