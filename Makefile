@@ -8,13 +8,18 @@ LAUNCH ?= --config_file configs/accelerate/one_process.yml
 # Worker processes of the tests.
 TEST_WORKERS ?= 2
 
+# The transformers releases of `make test-matrix`, what they are tested with, and which tests.
+MATRIX ?= 5.5.4 5.9.0 5.17.0 5.23.0
+MATRIX_PACKAGES := 'torch>=2.11,<2.14' accelerate peft pillow jinja2 pytest pytest-xdist
+MATRIX_TESTS := tests/contracts tests/unit/patches tests/unit/losses tests/trainers
+
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test test-matrix bench bench-gpu lint format clean
 
 help: ## Say what there is
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train ARGS="optim.lr=1e-3"    passes anything on to train.py'
 
@@ -38,6 +43,28 @@ train: $(READY) ## Train: accelerate launch train.py recipe=gemma4_sft $(ARGS)
 test: $(READY) ## Run the tests (no network, no GPU)
 	$(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(ARGS)
 
+test-matrix: $(MATRIX:%=test-transformers-%) ## Run the patch tests on the transformers releases in MATRIX
+
+test-transformers-%: .matrix/%/.ready
+	.matrix/$*/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(MATRIX_TESTS) $(ARGS)
+
+.PRECIOUS: .matrix/%/.ready
+.matrix/%/.ready: pyproject.toml
+	@echo "making .matrix/$* with transformers $* (once; takes some minutes)"
+	@$(PYTHON) -m venv .matrix/$*
+	@.matrix/$*/bin/python -m pip install --quiet 'transformers==$*' $(MATRIX_PACKAGES)
+	@.matrix/$*/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+bench: $(READY) ## Measure what each patch saves and costs, on the CPU
+	$(VENV)/bin/python scripts/benchmark.py suite=patches size=e2b_small device=cpu $(ARGS)
+
+# From the repository alone, with the torch and transformers of PYTHON. Ends within 9 minutes: what
+# does not fit into limit_seconds is left out, and the result says so.
+bench-gpu: ## The same on a GPU with E2B's whole shape, in under 9 minutes
+	PYTHONPATH=src $(PYTHON) scripts/benchmark.py suite=patches size=e2b device=cuda \
+		training=lora repetitions=3 limit_seconds=480 $(ARGS)
+
 lint: $(READY) ## Check style, imports between packages, and file lengths
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -49,5 +76,5 @@ format: $(READY) ## Put the code into the style that lint checks
 	$(VENV)/bin/ruff format .
 
 clean: ## Delete the environment and caches; runs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .matrix build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,8 @@ from gemtune.models import (
     trained_modalities,
 )
 from gemtune.pages import closing_page, first_loss_lines, start_page
+from gemtune.patches.host_memory import host_parameters
+from gemtune.patches.ple_offload import prefetch
 from gemtune.reporting import Reporter
 from gemtune.run_folder import MODEL_FOLDER, open_folder, resume_point
 from gemtune.runtime import Runtime, start
@@ -127,7 +129,9 @@ def open_session(
     trained = trained_modalities(stages.model)
     text_alone = "vision" in trained and not stages.train_rows.every_row_has_images
     model = runtime.distribute(
-        stages.model, find_unused_parameters=text_alone or "audio" in trained
+        stages.model,
+        find_unused_parameters=text_alone or "audio" in trained,
+        on_host=host_parameters(stages.model),
     )
     runtime.seed_training(config.run.seed)
     state = TrainState(run_id=new_run_id())
@@ -157,6 +161,7 @@ def open_session(
         save=lambda: save(
             runtime, model, stages.optimizer, state, config.as_dict(), config.checkpoint
         ),
+        look_ahead=lambda inputs: prefetch(stages.base, inputs["input_ids"]),
     )
     return session, reporter
 

@@ -1,30 +1,41 @@
 """Small random Gemma 4 models of every family, and batches for them. Needs torch and transformers.
 
-float64 models give a reference whose rounding is far below any bound that a test states.
+float64 models give a reference whose rounding is far below any bound that a test states. Stock
+transformers rounds to float32 in places even there: `exact_float64` switches that off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+from transformers.models.gemma4 import modeling_gemma4
 
 import gemtune
 
 TINY_CONFIG = Path(gemtune.__file__).parent / "assets" / "tiny" / "config.json"
-PATCHES_PER_TOKEN = 9  # pooling 3 x 3
+FAMILIES = ("e2b", "e4b", "26b_a4b", "31b")
+IMAGE_GRIDS = ((2, 2), (3, 2), (2, 4), (1, 3))  # soft tokens: width, height
+FRAME_GRID = (2, 3)
+FRAMES_PER_VIDEO = 3
 
 
 def config_of(family: str) -> Gemma4Config:
-    """ "e2b" (the bundled tiny one), "31b" (dense, bidirectional) or "26b_a4b" (experts)."""
+    """ "e2b" (the bundled tiny one), "e4b", "26b_a4b" (experts) or "31b" (dense, bidirectional)."""
     values = json.loads(TINY_CONFIG.read_text())
     text, vision = values["text_config"], values["vision_config"]
-    if family != "e2b":
+    if family == "e4b":
+        text |= {"num_key_value_heads": 2, "use_double_wide_mlp": False}
+    if family in ("26b_a4b", "31b"):
         text |= {
             "num_kv_shared_layers": 0,
             "use_double_wide_mlp": False,
@@ -45,66 +56,181 @@ def config_of(family: str) -> Gemma4Config:
     return Gemma4Config.from_dict(copy.deepcopy(values))
 
 
-def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A model in training mode, every parameter moved off its special initial value."""
+def build(
+    family: str,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    frozen: tuple[str, ...] = (),
+    attention: str = "sdpa",
+) -> Any:
+    """A model in training mode, every parameter and buffer moved off its special initial value.
+
+    Parameters whose name contains one of `frozen` are not trained.
+    """
     torch.manual_seed(seed)
     config = config_of(family)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     config.text_config._experts_implementation = "eager"  # grouped matmul knows no float64
     model = Gemma4ForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model.to(dtype).train()
+            parameter.requires_grad_(not any(part in name for part in frozen))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("std_bias", "std_scale", "layer_scalar")):
+                buffer += 0.1 * torch.rand(buffer.shape, generator=generator)
+            elif name.endswith(("input_max", "output_max")):
+                buffer.fill_(2.5)  # clipped linears do clip
+            elif name.endswith(("input_min", "output_min")):
+                buffer.fill_(-2.5)
+    return cast(model, dtype).train()
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in `dtype`, its RoPE frequencies as they were."""
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
+    return model
+
+
+@contextlib.contextmanager
+def exact_float64() -> Iterator[None]:
+    """Stock Gemma 4 without its roundings to float32: what its formulas say, in float64.
+
+    They are `.float()` and `softmax(dtype=float32)` on float64 tensors, and a pooler whose weights
+    are float32. A patched model runs in it as well, because it has the unpatched ones left.
+    """
+    to_float32, softmax = torch.Tensor.float, F.softmax
+
+    def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor if tensor.dtype == torch.float64 else to_float32(tensor, *args, **kwargs)
+
+    def exact_softmax(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.dtype == torch.float64:
+            kwargs.pop("dtype", None)
+        return softmax(tensor, *args, **kwargs)
+
+    pooler = modeling_gemma4.Gemma4VisionPooler
+    with (
+        mock.patch.object(torch.Tensor, "float", keep),
+        mock.patch.object(F, "softmax", exact_softmax),
+        mock.patch.object(pooler, "_avg_pool_by_positions", _average_patches),
+    ):
+        yield
+
+
+def _average_patches(
+    self: Any, hidden_states: torch.Tensor, pixel_position_ids: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pooler's averages as a loop over images and cells. Padding comes in as zeros."""
+    side = int((hidden_states.shape[1] // length) ** 0.5)
+    pooled, valid = [], torch.zeros(len(hidden_states), length, dtype=torch.bool)
+    for image, (states, positions) in enumerate(
+        zip(hidden_states, pixel_position_ids, strict=True)
+    ):
+        columns = (int(positions[:, 0].max()) + 1) // side
+        cells: list[torch.Tensor] = [states.new_zeros(states.shape[-1])] * length
+        for patch, (x, y) in enumerate(positions.tolist()):
+            if x >= 0:
+                cell = x // side + columns * (y // side)
+                cells[cell] = cells[cell] + states[patch] / side**2
+                valid[image, cell] = True
+        pooled.append(torch.stack(cells))
+    return torch.stack(pooled), valid
 
 
 def batch(
-    model: Any, images_per_row: tuple[int, ...] = (1, 0, 2), seed: int = 0
+    model: Any,
+    images_per_row: tuple[int, ...] = (1, 0, 2),
+    videos_per_row: tuple[int, ...] = (),
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Rows of text with images of 4 and 6 soft tokens, padded on the right, half of them labelled.
+    """Rows of text with images and videos in them, padded on the right, half of them labelled.
 
-    Patches are padded to the larger image, as the image processor would.
+    Images have several aspect ratios and are padded to the largest, as the image processor would.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
-    vocabulary = config.text_config.vocab_size
-    rows, grids = [], []
+    videos = videos_per_row or (0,) * len(images_per_row)
+    rows, image_grids, frame_grids = [], [], []
     for row, num_images in enumerate(images_per_row):
+        vocabulary = config.text_config.vocab_size
         ids = torch.randint(40, vocabulary, (20 + 3 * row,), generator=generator).tolist()
         for image in range(num_images):
-            width, height = (2, 2) if image == 0 else (3, 2)
-            grids.append((3 * width, 3 * height))
-            ids[4:4] = [config.boi_token_id, *[config.image_token_id] * (width * height)] + [
-                config.eoi_token_id
-            ]
+            grid = IMAGE_GRIDS[(image + row) % len(IMAGE_GRIDS)]
+            image_grids.append(grid)
+            ids[4 + image : 4 + image] = _placeholders(config, config.image_token_id, grid)
+        for _ in range(videos[row]):
+            frame_grids += [FRAME_GRID] * FRAMES_PER_VIDEO
+            frame = _placeholders(config, config.video_token_id, FRAME_GRID)
+            ids[2:2] = frame * FRAMES_PER_VIDEO
         rows.append(ids)
     length = max(map(len, rows))
     input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows])
     is_image = input_ids == config.image_token_id
-    labels = torch.where((mask == 1) & ~is_image, input_ids, -100)
+    is_video = input_ids == config.video_token_id
+    labels = torch.where((mask == 1) & ~is_image & ~is_video, input_ids, -100)
     labels[:, : length // 2] = -100
     inputs = {
         "input_ids": input_ids,
         "attention_mask": mask,
-        "mm_token_type_ids": is_image.long(),
+        "mm_token_type_ids": is_image.long() + 2 * is_video.long(),
         "labels": labels,
     }
-    if grids:
-        num_patches = max(width * height for width, height in grids)
-        size = 3 * config.vision_config.patch_size**2
-        dtype = next(model.parameters()).dtype
-        pixels = torch.zeros(len(grids), num_patches, size, dtype=dtype)
-        positions = torch.full((len(grids), num_patches, 2), -1)
-        for i, (width, height) in enumerate(grids):
-            count = width * height
-            pixels[i, :count] = torch.rand(count, size, generator=generator).to(dtype)
-            y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-            positions[i, :count] = torch.stack([x.flatten(), y.flatten()], dim=-1)
-        inputs["pixel_values"] = pixels
-        inputs["image_position_ids"] = positions
+    if image_grids:
+        pixels, positions = _patches(model, image_grids, generator)
+        inputs |= {"pixel_values": pixels, "image_position_ids": positions}
+    if frame_grids:
+        inputs |= _video_inputs(model, *_patches(model, frame_grids, generator))
     return inputs
+
+
+def _placeholders(config: Any, token_id: int, grid: tuple[int, int]) -> list[int]:
+    return [config.boi_token_id, *[token_id] * (grid[0] * grid[1]), config.eoi_token_id]
+
+
+def _patches(
+    model: Any, grids: list[tuple[int, int]], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, P, 768] pixels and [N, P, 2] positions of images of so many soft tokens."""
+    grids = [(3 * width, 3 * height) for width, height in grids]  # pooling is 3 x 3
+    num_patches = max(width * height for width, height in grids)
+    size = 3 * model.config.vision_config.patch_size**2
+    dtype = next(model.parameters()).dtype
+    pixels = torch.zeros(len(grids), num_patches, size, dtype=dtype)
+    positions = torch.full((len(grids), num_patches, 2), -1)
+    for i, (width, height) in enumerate(grids):
+        count = width * height
+        pixels[i, :count] = torch.rand(count, size, generator=generator).to(dtype)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        positions[i, :count] = torch.stack([x.flatten(), y.flatten()], dim=-1)
+    return pixels, positions
+
+
+def _video_inputs(
+    model: Any, pixels: torch.Tensor, positions: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Frames of all videos in one axis from transformers 5.19 on, an axis of videos before."""
+    if "num_frames_per_video" in inspect.signature(model.model.forward).parameters:
+        num_videos = len(pixels) // FRAMES_PER_VIDEO
+        return {
+            "pixel_values_videos": pixels,
+            "video_position_ids": positions,
+            "num_frames_per_video": torch.full((num_videos,), FRAMES_PER_VIDEO),
+        }
+    return {
+        "pixel_values_videos": pixels.unflatten(0, (-1, FRAMES_PER_VIDEO)),
+        "video_position_ids": positions.unflatten(0, (-1, FRAMES_PER_VIDEO)),
+    }
 
 
 def loss_and_gradients(

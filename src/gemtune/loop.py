@@ -93,6 +93,8 @@ class Session:
     evaluation_batches: Callable[[], Iterable[TrainBatch]]
     """This rank's share of the evaluation rows."""
     save: Callable[[], None]
+    look_ahead: Callable[[dict[str, torch.Tensor]], None] = lambda inputs: None
+    """Sees the inputs of every forward while they are on the CPU still."""
 
 
 @dataclass
@@ -174,6 +176,7 @@ def step(
     for number, batch in enumerate(micro_batches, start=1):
         memory.enter("forward")
         with runtime.gradient_sync(model, number == len(micro_batches)):
+            session.look_ahead(batch.inputs)
             batch = batch.to(runtime.device)
             output = model(**batch.inputs, labels=batch.labels, **session.forward_options)
             # The model returns the mean over this micro-batch.
@@ -219,6 +222,7 @@ def evaluate(session: Session) -> dict[str, float]:
     model.eval()
     loss_sum, supervised = 0.0, 0
     for batch in session.evaluation_batches():
+        session.look_ahead(batch.inputs)
         moved = batch.to(session.runtime.device)
         output = model(**moved.inputs, labels=moved.labels, **session.forward_options)
         loss_sum += float(output.loss) * batch.num_supervised_tokens

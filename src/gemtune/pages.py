@@ -48,6 +48,9 @@ def start_page(
         rows.append(("patches" if not number else "", text, row.status))
     if not built.report.rows:
         rows.append(("patches", "none", ""))
+    if runtime.device.type == "cuda" and "sdpa_guard" not in config.patches:
+        text = "warning: without sdpa_guard cuDNN attention can give NaN gradients (pytorch#196678)"
+        rows.append(("", text, ""))
     return (
         f"gemtune: {config.recipe.name}",
         [

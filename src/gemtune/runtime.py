@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -110,20 +111,24 @@ class Runtime:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def distribute(self, model: nn.Module, *, find_unused_parameters: bool) -> nn.Module:
+    def distribute(
+        self, model: nn.Module, *, find_unused_parameters: bool, on_host: Sequence[str] = ()
+    ) -> nn.Module:
         """On the device, under autocast where asked, wrapped for DDP where there are processes.
 
         DDP waits for ever for a parameter that got no gradient on one rank, unless it looks for
-        such parameters, which costs a walk over the graph in each step.
+        such parameters, which costs a walk over the graph in each step. `on_host` are the names
+        of frozen parameters that stay in host memory.
         """
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=find_unused_parameters, broadcast_buffers=False
         )
+        # DDP takes parameters on one kind of device only; those on the host are frozen.
         # Buffers (RoPE frequencies, clipping ranges) are constants that every rank has. DDP would
         # copy rank 0's over them by position, and transformers before 5.10 registers some in the
         # order of a set, which differs between processes: ranks ended up with the wrong ones.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [name for name, _ in model.named_buffers()]
+            model, [*on_host, *(name for name, _ in model.named_buffers())]
         )
         return self.accelerator.prepare(model)
 
@@ -171,9 +176,6 @@ def start(settings: RunSettings, parallel: ParallelConfig) -> Runtime:
     """
     # Forked loader workers would otherwise warn once each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if torch.cuda.is_available():
-        # Its backward with a mask gives NaN gradients at head_dim 256 (pytorch#196678).
-        torch.backends.cuda.enable_cudnn_sdp(False)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=parallel.mixed_precision,

@@ -8,8 +8,20 @@
 Needs torch and transformers only. Parameters and `state_dict` keys stay as they were.
 """
 
-from gemtune.patches.base import Edit, Patch, PatchReport, PatchRow, Plan
-from gemtune.patches.catalogue import available, resolve
+from gemtune.patches.base import Edit, Patch, PatchReport, PatchRow, Plan, Relocation, Wrap
+from gemtune.patches.catalogue import available, default, resolve
 from gemtune.patches.stage import apply
 
-__all__ = ["Edit", "Patch", "PatchReport", "PatchRow", "Plan", "apply", "available", "resolve"]
+__all__ = [
+    "Edit",
+    "Patch",
+    "PatchReport",
+    "PatchRow",
+    "Plan",
+    "Relocation",
+    "Wrap",
+    "apply",
+    "available",
+    "default",
+    "resolve",
+]

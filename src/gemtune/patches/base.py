@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
 from gemtune.errors import PatchError
@@ -32,12 +36,43 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Wrap:
+    """A method of one module instance that gets something around it.
+
+    `around(self, inner, *args, **kwargs)` is called in its place; `inner` is the method as it was,
+    already bound. Several patches may wrap one method, also one that another patch replaced.
+    `around` must find what it works with through `self`, so that a deep copy works on itself.
+    """
+
+    owner: nn.Module
+    attribute: str
+    around: Callable[..., Any]
+    site: str
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """Parameters and buffers whose values move to other memory. They stay the same objects.
+
+    `move` gets the present values of all `tensors`, in their order, and returns the moved ones.
+    Undoing copies the values, as they are then, to ordinary memory on the device they came from.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    move: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+    site: str
+
+
+Change = Edit | Wrap | Relocation
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a patch would do to this model: its edits, or why there are none."""
+    """What a patch would do to this model: its changes, or why there are none."""
 
     status: str
     reason: str = ""
-    edits: tuple[Edit, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 class Patch(Protocol):
@@ -63,31 +98,110 @@ class PatchRow:
 
 
 @dataclass
+class _Entry:
+    """An attribute that was written, and what stood there before."""
+
+    edit: Edit
+    was_set: bool
+    before: Any
+
+    def is_ours(self) -> bool:
+        return vars(self.edit.owner).get(self.edit.attribute) is self.edit.value
+
+    def reverse(self) -> None:
+        instance = vars(self.edit.owner)
+        if self.was_set:
+            instance[self.edit.attribute] = self.before
+        else:
+            del instance[self.edit.attribute]
+
+
+@dataclass
+class _Moved:
+    """Tensors that were moved, and the devices they came from."""
+
+    tensors: tuple[torch.Tensor, ...]
+    devices: list[torch.device]
+
+    def reverse(self) -> None:
+        for tensor, device in zip(self.tensors, self.devices, strict=True):
+            tensor.data = tensor.data.to(device, copy=True)
+
+
+@dataclass
 class Journal:
-    """Edits in the order in which they were made, with what stood there before."""
+    """Changes in the order in which they were made, with what stood there before."""
 
-    _entries: list[tuple[Edit, bool, Any]] = field(default_factory=list)
+    _entries: list[_Entry | _Moved] = field(default_factory=list)
 
-    def write(self, edit: Edit) -> None:
+    def make(self, change: Change) -> None:
+        if isinstance(change, Relocation):
+            self._relocate(change)
+        elif isinstance(change, Wrap):
+            self._write(_as_edit(change))
+        else:
+            # Every edit is made before the first wrap, and no two edits meet.
+            if change.attribute in vars(change.owner) and hasattr(
+                type(change.owner), change.attribute
+            ):
+                raise _replaced_before(change)
+            self._write(change)
+
+    def _write(self, edit: Edit) -> None:
         instance = vars(edit.owner)
         was_set = edit.attribute in instance
-        self._entries.append((edit, was_set, instance.get(edit.attribute)))
+        self._entries.append(_Entry(edit, was_set, instance.get(edit.attribute)))
         instance[edit.attribute] = edit.value
+
+    def _relocate(self, change: Relocation) -> None:
+        devices = [tensor.device for tensor in change.tensors]
+        moved = change.move([tensor.data for tensor in change.tensors])
+        for tensor, values in zip(change.tensors, moved, strict=True):
+            tensor.data = values
+        self._entries.append(_Moved(change.tensors, devices))
 
     def undo(self) -> None:
         # Every entry is checked before the first is reversed: an undo is whole or not at all.
-        for edit, _, _ in self._entries:
-            if vars(edit.owner).get(edit.attribute) is not edit.value:
+        # Of several entries for one attribute only the newest can still be in place.
+        newest: dict[tuple[int, str], _Entry] = {
+            (id(entry.edit.owner), entry.edit.attribute): entry
+            for entry in self._entries
+            if isinstance(entry, _Entry)
+        }
+        for entry in newest.values():
+            if not entry.is_ours():
                 raise PatchError(
-                    f"{edit.site}.{edit.attribute} was changed by someone else after the patch; "
-                    "undo that change first (accelerate: accelerator.unwrap_model)."
+                    f"{entry.edit.site}.{entry.edit.attribute} was changed by someone else after "
+                    "the patch; undo that change first (accelerate: accelerator.unwrap_model)."
                 )
         while self._entries:
-            edit, was_set, before = self._entries.pop()
-            if was_set:
-                vars(edit.owner)[edit.attribute] = before
-            else:
-                del vars(edit.owner)[edit.attribute]
+            self._entries.pop().reverse()
+
+
+def _replaced_before(change: Edit | Wrap) -> PatchError:
+    return PatchError(
+        f"{change.site}.{change.attribute} was replaced by someone else before the patch. Apply "
+        "patches before anything else changes the model, and before a trainer gets it."
+    )
+
+
+def _as_edit(wrap: Wrap) -> Edit:
+    """The edit that puts `wrap.around` over the method as it is now."""
+    current = vars(wrap.owner).get(wrap.attribute)
+    if current is None:
+        inner = getattr(type(wrap.owner), wrap.attribute)
+    elif isinstance(current, MethodType):
+        inner = current.__func__
+    else:
+        raise _replaced_before(wrap)
+    around = wrap.around
+
+    # Bound late: a deep copy of the module calls `inner` on itself.
+    @functools.wraps(inner)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(self, functools.partial(inner, self), *args, **kwargs)
+
+    return Edit(wrap.owner, wrap.attribute, MethodType(wrapped, wrap.owner), wrap.site)
 
 
 @dataclass
@@ -127,5 +241,5 @@ class PatchReport:
         )
 
     def __deepcopy__(self, memo: dict) -> PatchReport:
-        # A deep copy of the model is patched as well, but its edits are not in this journal.
+        # A deep copy of the model is patched as well, but its changes are not in this journal.
         return PatchReport(list(self.rows))

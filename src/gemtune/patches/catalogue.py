@@ -13,12 +13,33 @@ if TYPE_CHECKING:
 
 # In the order in which they are planned and reported. A new patch is a file in this folder with
 # a dataclass of the same name in CamelCase, and its name here.
-_NAMES = ("vision_position_lookup", "linear_cross_entropy")
+_NAMES = (
+    "vision_position_lookup",
+    "vision_pooler",
+    "vision_unpadded",
+    "rms_norm",
+    "geglu",
+    "ple_projection",
+    "placeholder_merge",
+    "sdpa_guard",
+    "vision_streaming",
+    "ple_offload",
+    "linear_cross_entropy",
+    "relative_position_lookup",
+)
+
+# Chosen by name only: they trade time for memory, or serve other models than Gemma 4.
+_ON_REQUEST = frozenset({"vision_streaming", "ple_offload", "relative_position_lookup"})
 
 
 def available() -> tuple[str, ...]:
     """The names of every patch."""
     return _NAMES
+
+
+def default() -> tuple[str, ...]:
+    """The names of the patches that cost nothing: those that `apply(model)` puts in."""
+    return tuple(name for name in _NAMES if name not in _ON_REQUEST)
 
 
 def patch_class(name: str) -> type[Patch]:

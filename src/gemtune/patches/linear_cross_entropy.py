@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -15,8 +15,27 @@ from torch import nn
 from gemtune.losses import linear_cross_entropy
 from gemtune.options import option
 from gemtune.patches.base import APPLIED, Edit, Plan
+from gemtune.patches.fingerprint import require_known
 
 IGNORE_INDEX = -100
+
+# The forward of both classes in every release that was read, the newest range last.
+_KNOWN = (
+    "79e8fb5305de",  # Gemma4ForConditionalGeneration, 5.5.2-5.5.4
+    "99da5c7f35a7",  # 5.6-5.7
+    "33eb871d5caa",  # 5.8
+    "140e1f971952",  # 5.9-5.17
+    "26f101e8bff1",  # 5.18
+    "d3def6f8f093",  # 5.19-5.20
+    "32e89c424a02",  # 5.21-5.22
+    "1c3c8b4824d0",  # 5.23
+    "d61b4c38f3a7",  # Gemma4ForCausalLM, 5.5.2-5.7
+    "67c07666d255",  # 5.8
+    "4b05d870169e",  # 5.9-5.18
+    "aa6ca29a2fed",  # 5.19-5.20
+    "7ee0dd73741a",  # 5.21-5.22
+    "20fce64421af",  # 5.23
+)
 
 
 def _supported_classes() -> tuple[type[nn.Module], ...]:
@@ -49,6 +68,7 @@ class LinearCrossEntropy:
                 f"linear_cross_entropy patches {' and '.join(c.__name__ for c in supported)}, "
                 f"not {type(model).__name__}."
             )
+        require_known(self.name, type(model).forward, _KNOWN)
         chunk_bytes = None if self.chunk_mib is None else self.chunk_mib * 2**20
         forward = _chunked_forward(type(model).forward, chunk_bytes)
         return Plan(
@@ -112,13 +132,7 @@ def _loss_without_logits(
         num_items=num_items_in_batch,
         chunk_bytes=chunk_bytes,
     )
-    result = Gemma4CausalLMOutputWithPast(
-        loss=loss,
-        logits=None,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        image_hidden_states=getattr(outputs, "image_hidden_states", None),
-        audio_hidden_states=getattr(outputs, "audio_hidden_states", None),
-    )
+    names = {field.name for field in fields(Gemma4CausalLMOutputWithPast)} - {"loss", "logits"}
+    others = {name: getattr(outputs, name, None) for name in names}
+    result = Gemma4CausalLMOutputWithPast(loss=loss, logits=None, **others)
     return result if return_dict in (None, True) else result.to_tuple()

@@ -1,8 +1,8 @@
-"""The lookup against the one-hot matmul it replaces, written out here as the reference."""
+"""The lookup against the two computations that it replaces, and against a one-hot in float64."""
 
 from __future__ import annotations
 
-import types
+import copy
 
 import pytest
 import torch
@@ -13,111 +13,184 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemtune import patches
 from gemtune.errors import PatchError
-from gemtune.patches.table_lookup import sum_of_table_lookups
+from gemtune.patches.fingerprint import fingerprint
 from gemtune.patches.vision_position_lookup import VisionPositionLookup
 
+ROWS, HIDDEN = 11, 5
+BOTH_ERAS = ("one_hot", "lookup")
 
-class Gemma4VisionPatchEmbedder(nn.Module):
-    """As transformers 5.5-5.9 have it: int64 one-hot, cast, times the table."""
 
-    def __init__(self, rows: int = 11, hidden: int = 5) -> None:
+class _PatchEmbedder(nn.Module):
+    def __init__(self, rows: int = ROWS, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.position_embedding_size = rows
         generator = torch.Generator().manual_seed(0)
-        table = torch.randn(2, rows, hidden, generator=generator, dtype=torch.float64)
-        self.position_embedding_table = nn.Parameter(table)
+        table = torch.randn(2, rows, HIDDEN, generator=generator, dtype=torch.float64)
+        self.position_embedding_table = nn.Parameter(table.to(dtype))
 
-    def _position_embeddings(
-        self, pixel_position_ids: torch.Tensor, padding_positions: torch.Tensor
-    ) -> torch.Tensor:
-        one_hot = F.one_hot(pixel_position_ids.clamp(min=0), self.position_embedding_size)
-        one_hot = one_hot.permute(0, 2, 1, 3).to(self.position_embedding_table)
-        embeddings = (one_hot @ self.position_embedding_table).sum(dim=1)
-        return torch.where(padding_positions.unsqueeze(-1), 0.0, embeddings)
+
+def one_hot_era() -> type[nn.Module]:
+    # fmt: off
+    class Gemma4VisionPatchEmbedder(_PatchEmbedder):
+        """`_position_embeddings` as transformers 5.5.2-5.9.0 have it: its fingerprint is known."""
+
+        def _position_embeddings(self, pixel_position_ids, padding_positions):
+            clamped_positions = pixel_position_ids.clamp(min=0)
+            one_hot = F.one_hot(clamped_positions, num_classes=self.position_embedding_size)
+            one_hot = one_hot.permute(0, 2, 1, 3).to(self.position_embedding_table)
+            position_embeddings = one_hot @ self.position_embedding_table
+            position_embeddings = position_embeddings.sum(dim=1)
+            position_embeddings = torch.where(padding_positions.unsqueeze(-1), 0.0, position_embeddings)  # noqa: E501
+            return position_embeddings  # noqa: RET504
+    # fmt: on
+    return Gemma4VisionPatchEmbedder
+
+
+def lookup_era() -> type[nn.Module]:
+    # fmt: off
+    class Gemma4VisionPatchEmbedder(_PatchEmbedder):
+        """As transformers 5.10.1-5.23.0 have it."""
+
+        def _position_embeddings(self, pixel_position_ids, padding_positions):
+            clamped_positions = pixel_position_ids.clamp(min=0)
+            x_emb = F.embedding(clamped_positions[..., 0], self.position_embedding_table[0])
+            y_emb = F.embedding(clamped_positions[..., 1], self.position_embedding_table[1])
+            position_embeddings = x_emb + y_emb
+            position_embeddings = torch.where(padding_positions.unsqueeze(-1), 0.0, position_embeddings)  # noqa: E501
+            return position_embeddings  # noqa: RET504
+    # fmt: on
+    return Gemma4VisionPatchEmbedder
+
+
+@pytest.fixture(params=BOTH_ERAS)
+def embedder_class(request: pytest.FixtureRequest) -> type[nn.Module]:
+    return {"one_hot": one_hot_era, "lookup": lookup_era}[request.param]()
 
 
 def positions() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(0, 11, (3, 7, 2), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, ROWS, (3, 7, 2), generator=torch.Generator().manual_seed(1))
     ids[0, 5:] = -1
     ids[2, 1:] = -1
     return ids, (ids == -1).all(-1)
 
 
-def test_equals_the_one_hot_matmul_in_value_and_gradient() -> None:
-    stock, patched = Gemma4VisionPatchEmbedder(), Gemma4VisionPatchEmbedder()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_value_and_gradient_are_those_of_the_original(
+    embedder_class: type[nn.Module], dtype: torch.dtype
+) -> None:
+    stock, patched = embedder_class(dtype=dtype), embedder_class(dtype=dtype)
     report = patches.apply(patched, [VisionPositionLookup()])
     assert report.rows[0].status == "applied"
     ids, padding = positions()
-    weights = torch.randn(3, 7, 5, dtype=torch.float64)
+    weights = torch.randn(3, 7, HIDDEN, dtype=torch.float64).to(dtype)
     outputs = []
     for module in (stock, patched):
         output = module._position_embeddings(ids, padding)
-        (output * weights).sum().backward()
+        output.backward(weights)
         outputs.append(output.detach())
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert outputs[1].dtype == dtype
     assert torch.equal(outputs[1][padding], torch.zeros_like(outputs[1][padding]))
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(
         patched.position_embedding_table.grad,
         stock.position_embedding_table.grad,
-        rtol=1e-13,
-        atol=1e-13,
+        rtol=tolerance,
+        atol=tolerance,
     )
 
 
-def test_an_id_beyond_the_table_raises_as_before() -> None:
-    module = Gemma4VisionPatchEmbedder()
+def test_an_id_beyond_the_table_raises_as_before(embedder_class: type[nn.Module]) -> None:
+    module = embedder_class()
+    ids, padding = positions()
+    ids[1, 0, 0] = ROWS
+    for _ in range(2):
+        with pytest.raises((IndexError, RuntimeError)):
+            module._position_embeddings(ids, padding)
+        if not hasattr(module, "_gemtune_patch_report"):
+            patches.apply(module, [VisionPositionLookup()])
+
+
+class _Sizes(TorchDispatchMode):
+    """The size of every tensor that is made, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numels: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if (
+            isinstance(result, torch.Tensor)
+            and result.untyped_storage().data_ptr() not in given
+            and "out" not in (kwargs or {})
+        ):
+            self.numels.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_one_tensor_of_the_size_of_the_result_is_made(
+    embedder_class: type[nn.Module], needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemtune.patches.table_lookup._CPU_BLOCK_BYTES", 400)
+    module = embedder_class(rows=1000)
+    module.requires_grad_(needs_gradient)
     patches.apply(module, [VisionPositionLookup()])
     ids, padding = positions()
-    ids[1, 0, 0] = 11
-    with pytest.raises((IndexError, RuntimeError)):
+    result_numel = ids.shape[0] * ids.shape[1] * HIDDEN
+    with _Sizes() as sizes:
         module._position_embeddings(ids, padding)
+    large = [numel for numel in sizes.numels if numel > result_numel / 2]
+    assert large == [result_numel]
 
 
-def test_nothing_of_the_size_of_the_one_hot_is_ever_made() -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.numel = max(self.numel, result.numel())
-            return result
-
-    module = Gemma4VisionPatchEmbedder(rows=1000)
+def test_deep_copies_look_up_in_their_own_table(embedder_class: type[nn.Module]) -> None:
+    module = embedder_class()
     patches.apply(module, [VisionPositionLookup()])
-    ids, padding = positions()
-    with torch.no_grad(), Largest() as largest:
-        module._position_embeddings(ids, padding)
-    one_hot_numel = ids.numel() * 1000
-    # A view of one table is the largest tensor that is ever seen.
-    assert largest.numel == module.position_embedding_table[0].numel() < one_hot_numel
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.position_embedding_table.zero_()
+    assert twin._position_embeddings(*positions()).abs().max() == 0
+    assert module._position_embeddings(*positions()).abs().max() > 0
 
 
-def test_reports_upstream_where_transformers_looks_up_itself() -> None:
-    model = build("e2b")
-    embedder = type(model.model.vision_tower.patch_embedder)
-    has_one_hot = "one_hot" in embedder._position_embeddings.__code__.co_names
-    plan = VisionPositionLookup().plan(model)
-    assert plan.status == ("applied" if has_one_hot else "upstream")
+def test_applies_to_the_transformers_that_is_installed() -> None:
+    plan = VisionPositionLookup().plan(build("e2b"))
+    assert plan.status == "applied"
+    assert [change.site for change in plan.changes] == ["model.vision_tower.patch_embedder"]
+
+
+def test_the_reason_says_what_is_saved() -> None:
+    reasons = [VisionPositionLookup().plan(era()()).reason for era in (one_hot_era, lookup_era)]
+    assert "one-hot" in reasons[0]
+    assert "one copy" in reasons[1]
+
+
+def test_the_classes_here_are_those_of_transformers() -> None:
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionPatchEmbedder as Original
+
+    known = {fingerprint(era()._position_embeddings) for era in (one_hot_era, lookup_era)}
+    assert len(known) == 2
+    assert fingerprint(Original._position_embeddings) in known
 
 
 def test_an_unknown_computation_is_an_error() -> None:
-    unknown = type("Gemma4VisionPatchEmbedder", (nn.Module,), {})
-    unknown._position_embeddings = types.FunctionType((lambda self: None).__code__, {})
-    with pytest.raises(PatchError, match="not known here"):
-        VisionPositionLookup().plan(unknown())
+    class Gemma4VisionPatchEmbedder(_PatchEmbedder):
+        def _position_embeddings(self, pixel_position_ids, padding_positions):
+            return F.embedding(pixel_position_ids[..., 0] % 7, self.position_embedding_table[0])
+
+    with pytest.raises(PatchError, match="not one of the versions"):
+        VisionPositionLookup().plan(Gemma4VisionPatchEmbedder())
+
+
+def test_a_patch_embedder_without_the_method_is_an_error() -> None:
+    with pytest.raises(PatchError, match="no _position_embeddings"):
+        VisionPositionLookup().plan(type("Gemma4VisionPatchEmbedder", (nn.Module,), {})())
 
 
 def test_not_applicable_without_a_tower() -> None:
     plan = VisionPositionLookup().plan(nn.Linear(2, 2))
     assert plan.status == "not applicable"
     assert "vision tower" in plan.reason
-
-
-@pytest.mark.parametrize("num_tables", [1, 2, 4])
-def test_sum_of_table_lookups_is_a_sum_of_one_hot_products(num_tables: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    tables = torch.randn(num_tables, 6, 3, generator=generator, dtype=torch.float64)
-    indices = torch.randint(0, 6, (4, 5, num_tables), generator=generator)
-    expected = torch.einsum("...kr,krh->...h", F.one_hot(indices, 6).double(), tables)
-    torch.testing.assert_close(sum_of_table_lookups(tables, indices), expected)
