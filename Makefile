@@ -57,7 +57,8 @@ test-transformers-%: .matrix/%/.ready
 	@touch $@
 
 bench: $(READY) ## Measure what each patch saves and costs, on the CPU
-	$(VENV)/bin/python scripts/benchmark.py suite=patches size=e2b_small device=cpu $(ARGS)
+	$(VENV)/bin/python scripts/benchmark.py suite=patches size=e2b_small device=cpu \
+		training=lora $(ARGS)
 
 # From the repository alone, with the torch and transformers of PYTHON. Ends within 9 minutes: what
 # does not fit into limit_seconds is left out, and the result says so.

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gemtune  # nothing but its version: it imports nothing else
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 GIB = 2**30
@@ -33,12 +35,13 @@ def describe(command: str) -> dict[str, Any]:
             "num_cores": os.cpu_count(),
             "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
             "load_before": round(os.getloadavg()[0], 2),
+            **_gpu(),
         },
         "os": _operating_system(),
         "python": platform.python_version(),
         "torch": _version("torch"),
         "transformers": _version("transformers"),
-        "gemtune": _version("gemtune"),
+        "gemtune": gemtune.__version__,
     }
 
 
@@ -83,6 +86,28 @@ def _cpu_model() -> str:
         return platform.processor() or "unknown"
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU, where torch was imported and sees one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    gpu = torch.cuda.get_device_properties(0)
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    memory_gib = round(gpu.total_memory / GIB, 1)
+    return {
+        "gpu": {
+            "name": gpu.name,
+            "memory_gib": memory_gib,
+            "driver": driver,
+            "cuda": torch.version.cuda,
+        }
+    }
 
 
 def _operating_system() -> str:

@@ -19,8 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from environment import REPOSITORY, describe, typed_command, write_result
-from measure import MIB, peak_in_new_process, print_peak, ratios, spread, time_in_turn
+from environment import write_result
+from measure import (
+    MIB,
+    add_arguments,
+    begin,
+    finish,
+    peak_in_new_process,
+    print_peak,
+    ratios,
+    spread,
+    time_in_turn,
+)
 from torch import Tensor
 
 from gemtune.losses import linear_cross_entropy
@@ -227,13 +237,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--softcap", type=float, default=30.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=7)
+    add_arguments(parser, CONTESTANTS, repetitions=7)
     parser.add_argument("--ignored", type=int, nargs="+", default=IGNORED_PERCENT, metavar="%")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only")
     parser.add_argument("--output", default="linear_cross_entropy", help="name of the JSON file")
-    # One contestant's peak, for the process that this script starts for it.
-    parser.add_argument("--peak-of", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -244,10 +251,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.peak_of:
         return report_peak(options)
-    result: dict[str, Any] = describe(typed_command(__file__))
-    sizes = ("rows", "hidden", "vocabulary", "softcap", "threads", "repetitions")
-    result["settings"] = {size: getattr(options, size) for size in sizes} | {"dtype": "float32"}
-    result["contestants"] = {name: text for name, (_, text) in CONTESTANTS.items()}
+    sizes = ("rows", "hidden", "vocabulary", "softcap")
+    result = begin(__file__, options, sizes, CONTESTANTS)
     result["contestants"][LOWER_BOUND] = "the matmuls that are needed, on the rows with a label"
     result["not_measured"] = dict(NOT_MEASURED)
     if "torch_no_cap" not in available():
@@ -257,9 +262,9 @@ def main() -> None:
     for frozen, ignored_percent in itertools.product((False, True), options.ignored):
         result["cases"].append(measure(options, ignored_percent, frozen))
         print_table(result["cases"][-1])
-        path = write_result(options.output, result)
+        write_result(options.output, result)
     print("\n" + "\n".join(result["not_measured"].values()))
-    return print(f"wrote {path.relative_to(REPOSITORY)}")
+    return finish(options.output, result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -10,14 +11,69 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from environment import REPOSITORY, describe, typed_command, write_result
 
 from gemtune.memory import PeakTracker
 
 MIB = 2**20
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, contestants: Mapping[str, Any], repetitions: int
+) -> None:
+    """What every comparison takes besides its sizes."""
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    # One contestant's peak, for the process that this script starts for it.
+    parser.add_argument("--peak-of", choices=list(contestants), help=argparse.SUPPRESS)
+
+
+def begin(
+    script: str, options: argparse.Namespace, sizes: Sequence[str], contestants: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The head of a result: what it was measured on, the sizes, the name of each contestant."""
+    named = (*sizes, "threads", "repetitions")
+    return describe(typed_command(script)) | {
+        "settings": {name: getattr(options, name) for name in named} | {"dtype": "float32"},
+        "contestants": {name: text for name, (_, text) in contestants.items()},
+    }
+
+
+def finish(name: str, result: Mapping[str, Any]) -> None:
+    """Write the result."""
+    print(f"wrote {write_result(name, dict(result)).relative_to(REPOSITORY)}")
+
+
+def compare(
+    script: str,
+    runs: Mapping[str, Callable[[], object]],
+    options: argparse.Namespace,
+    sizes: Sequence[str],
+    between: Callable[[], object],
+) -> dict[str, Any]:
+    """Name -> seconds, ratio to the lookup, peak; with one line printed for each."""
+    seconds = time_in_turn(runs, options.repetitions, between)
+    named = (*sizes, "threads")
+    arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in named]
+    rows: dict[str, Any] = {}
+    for name in runs:
+        row = rows[name] = {
+            "seconds": spread(seconds[name]),
+            "ratio_to_lookup": spread(ratios(seconds, name, "lookup")),
+            "peak_mib": peak_in_new_process(script, *arguments, "--peak-of", name),
+        }
+        low, middle, high = (row["seconds"][key] * 1e3 for key in ("min", "median", "max"))
+        print(
+            f"{name:8} {middle:8.0f} ms ({low:.0f}-{high:.0f}), "
+            f"{row['ratio_to_lookup']['median']:.1f} times the lookup, peak {row['peak_mib']} MiB",
+            flush=True,
+        )
+    return rows
 
 
 def time_in_turn(

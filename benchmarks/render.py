@@ -46,11 +46,22 @@ def setting(result: Result) -> str:
         f"- Command: `{result['command']}`",
         f"- Machine: {machine['cpu']}, {machine['num_cores']} cores, {machine['ram_gib']:g} GiB "
         f"RAM; load average before the start {machine['load_before']:g}",
+        *gpu_line(machine),
         f"- {result['os']}; Python {result['python']}, torch {result['torch']}, transformers "
         f"{result['transformers']}, gemtune {result['gemtune']} at revision "
         f"{result['git_revision']}, {result['date']}",
     ]
     return "\n".join(lines)
+
+
+def gpu_line(machine: Result) -> list[str]:
+    """The GPU, where there was one."""
+    if not (gpu := machine.get("gpu")):
+        return []
+    return [
+        f"- GPU: {gpu['name']}, {gpu['memory_gib']:g} GiB, driver {gpu['driver']}, CUDA "
+        f"{gpu['cuda']}"
+    ]
 
 
 def default_run(result: Result) -> str:
@@ -134,7 +145,7 @@ def memory_cell(row: Result) -> str:
 
 
 def vision_position_lookup(result: Result) -> str:
-    """The two ways, and what the one-hot takes for more images than fit here."""
+    """Each way, and what the one-hot takes for more images than fit here."""
     settings, computed = result["settings"], result["computed_one_hot"]
     size = (
         f"{settings['images']} images of {settings['patches']} patches, 2 tables of "
@@ -142,20 +153,120 @@ def vision_position_lookup(result: Result) -> str:
         f"{settings['threads']} thread(s), {settings['repetitions']} rounds."
     )
     header = ["", "milliseconds", "time / lookup", "peak above the inputs"]
-    rows = []
-    for name, text in result["contestants"].items():
-        row = result["rows"][name]
-        times = interval(row["seconds"], 1e3, 0)
-        peak = NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
-        rows.append([text, times, interval(row["ratio_to_lookup"], 1.0, 1), peak])
+    rows = [
+        [text, *lookup_cells(result["rows"][name])] for name, text in result["contestants"].items()
+    ]
     rows.append(["the gradient alone (computed)", "", "", f"{result['gradient_mib']:,.0f} MiB"])
-    rows.append(["either on a GPU", *[NOT_MEASURED] * 3])
+    rows.append(["any of them on a GPU", *[NOT_MEASURED] * 3])
     note = (
         f"Computed, not measured: the one-hot of {computed['images']} such images is "
         f"{computed['int64_gib']:.2f} GiB in int64, and its bfloat16 copy "
         f"{computed['bfloat16_gib']:.2f} GiB."
     )
     return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}\n\n{note}"
+
+
+def relative_position_lookup(result: Result) -> str:
+    """Each way with each number of tokens; what does not fit is computed."""
+    settings = result["settings"]
+    size = (
+        f"r_max {settings['r_max']}, s_max {settings['s_max']}, hidden size {settings['hidden']}, "
+        f"{settings['dtype']}, {settings['threads']} thread(s), {settings['repetitions']} rounds."
+    )
+    header = ["tokens", "", "milliseconds", "time / lookup", "peak above the inputs", "computed"]
+    rows = []
+    for case in result["cases"]:
+        for name, text in result["contestants"].items():
+            row = case["rows"].get(name)
+            cells = [NOT_MEASURED] * 3 if row is None else lookup_cells(row)
+            computed = f"{case['computed_mib'][name]:,.0f} MiB"
+            rows.append([f"{case['tokens']:,}", text, *cells, computed])
+    rows.append(["any", "any of them on a GPU", *[NOT_MEASURED] * 3, ""])
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
+def lookup_cells(row: Result) -> list[str]:
+    """Milliseconds, time over that of the lookup, peak."""
+    peak = NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
+    return [interval(row["seconds"], 1e3, 0), interval(row["ratio_to_lookup"], 1.0, 1), peak]
+
+
+def price_tags(result: Result) -> str:
+    """What was run, and a table against no patch and one against all patches."""
+    settings = result["settings"]
+    training = settings["training"]
+    if training == "full":
+        training += f" (frozen: {', '.join(settings['frozen']) or 'nothing'})"
+    recomputed = "on" if settings["checkpointing"] else "off"
+    lines = [
+        setting(result),
+        f"- Model: {settings['size']}, {settings['parameters'] / 1e6:,.0f} M parameters, "
+        f"{settings['trained_parameters'] / 1e6:,.0f} M of them trained; {settings['dtype']}; "
+        f"training {training}; gradient checkpointing {recomputed}",
+        f"- Batch: {settings['rows']} rows of up to {settings['length']} tokens, "
+        f"{settings['tokens']} in all, {settings['supervised_tokens']} with a label; "
+        f"{settings['images']} images of up to {settings['soft_tokens']} soft tokens",
+        f"- {settings['rounds']} rounds, {settings['threads']} CPU thread(s); peak memory from: "
+        f"{settings['peak_source']}",
+    ]
+    for title, header, rows in price_tables(result):
+        lines += ["", f"**{title}**", "", table(header, rows)]
+    picture = f"patches_{settings['size']}_{settings['device']}.png"
+    if (RESULTS / picture).exists():
+        what = "Each patch against none: peak memory, bytes kept for the backward pass, step time"
+        lines += ["", f"![{what}](benchmarks/results/{picture})"]
+    return "\n".join(lines)
+
+
+def price_tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows): each alone against none, then all but each against all."""
+    rows = {row["name"]: row for row in result["rows"]}
+    all_but = {name for name in rows if name.startswith("all but ")}
+    # Biggest saver first: of peak memory, else of what is kept.
+    alone = sorted(
+        (row for name, row in rows.items() if name not in all_but | {"none"}), key=price_order
+    )
+    what = ["step, ms", "time / none"]
+    header = ["", "peak, MiB", "vs none", "kept for backward, MiB", "vs none", *what]
+    first = [price_row(row, rows["none"]) for row in [rows["none"], *alone]]
+    tables = [("Against no patch, biggest saver first", header, first)]
+    if all_but and "all" in rows:
+        left_out = sorted((rows[name] for name in all_but), key=lambda row: price_order(row, -1))
+        header = ["", "peak, MiB", "vs all", "kept for backward, MiB", "vs all", *what]
+        second = [price_row(row, rows["all"]) for row in [rows["all"], *left_out]]
+        tables.append(("All but one, against all patches", header, second))
+    return tables
+
+
+def price_order(row: Result, sign: int = 1) -> tuple[bool, bool, float, float]:
+    """The smallest peak first (the largest with a sign of -1), what was not measured last."""
+    peak, saved = row["peak_mib"], row["saved_mib"]
+    unknown = row["status"] != "measured", peak is None
+    return *unknown, sign * (peak or 0.0), sign * (saved or 0.0)
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign; what rounds to nothing has none."""
+    return f"{value:+,.{digits}f}" if round(value, digits) else "0"
+
+
+def price_row(row: Result, reference: Result) -> list[str]:
+    """Cells of a contestant; the reason where it has nothing to measure."""
+    name = f"`{row['name']}`"
+    if row["status"] not in ("measured", NOT_MEASURED):
+        return [f"{name}: {row['status']} ({row['reason']})", *[""] * 6]
+    cells = [name]
+    for key in ("peak_mib", "saved_mib"):
+        if row[key] is None:
+            cells += [NOT_MEASURED, ""]
+            continue
+        known = row is not reference and reference[key] is not None
+        digits = 1 if row[key] < 100 else 0
+        above = signed(row[key] - reference[key], digits) if known else ""
+        cells += [f"{row[key]:,.{digits}f}", above]
+    if row["seconds"] is None:
+        return [*cells, NOT_MEASURED, NOT_MEASURED]
+    return [*cells, interval(row["seconds"], 1e3, 0), interval(row["ratio"])]
 
 
 def exact_match(folder: Path) -> str:
@@ -169,6 +280,9 @@ TABLES = {
     "default_run": default_run,
     "linear_cross_entropy": linear_cross_entropy,
     "vision_position_lookup": vision_position_lookup,
+    "relative_position_lookup": relative_position_lookup,
+    "patches_e2b_small_cpu": price_tags,
+    "patches_e2b_cuda": price_tags,
 }
 FIGURES = {"exact_match": exact_match}
 

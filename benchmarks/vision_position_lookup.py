@@ -1,10 +1,10 @@
-"""Vision position embeddings, forward and backward on the CPU: one-hot x table, and the lookup.
+"""Vision position embeddings, forward and backward on the CPU: one-hot x table, and lookups.
 
     python benchmarks/vision_position_lookup.py                    # about 3 minutes
 
-The one-hot is written out as transformers 5.5 has it (5.10.1 and later look up as well). Writes
-benchmarks/results/vision_position_lookup.json, and in it what the one-hot of 40 images takes:
-computed, not measured.
+The one-hot is written out as transformers 5.5 has it, and the lookup with copies as 5.10.1 and
+later have it. Writes benchmarks/results/vision_position_lookup.json, and in it what the one-hot of
+40 images takes: computed, not measured.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from environment import GIB, REPOSITORY, describe, typed_command, write_result
-from measure import MIB, peak_in_new_process, print_peak, ratios, spread, time_in_turn
+from environment import GIB
+from measure import MIB, add_arguments, begin, compare, finish, print_peak
 from torch import Tensor
 
 from gemtune.patches.table_lookup import sum_of_table_lookups
 
 COMPUTED_IMAGES = 40
 GRID_WIDTH = 60
+SIZES = ("images", "patches", "table", "hidden")
 
 
 class Case(NamedTuple):
@@ -59,15 +60,27 @@ def embed_one_hot(case: Case) -> Tensor:
     return torch.where(padding_positions.unsqueeze(-1), 0.0, position_embeddings)
 
 
+def embed_copies(case: Case) -> Tensor:
+    """The same of transformers 5.10.1; every name in it keeps a tensor until the end."""
+    clamped_positions = case.positions.clamp(min=0)
+    x_emb = F.embedding(clamped_positions[..., 0], case.table[0])
+    y_emb = F.embedding(clamped_positions[..., 1], case.table[1])
+    position_embeddings = x_emb + y_emb
+    padding_positions = (case.positions == -1).all(dim=-1)
+    position_embeddings = torch.where(padding_positions.unsqueeze(-1), 0.0, position_embeddings)
+    return position_embeddings  # noqa: RET504
+
+
 def embed_lookup(case: Case) -> Tensor:
     """What the patch puts there."""
-    position_embeddings = sum_of_table_lookups(case.table, case.positions.clamp(min=0))
+    indices = case.positions.clamp(min=0).unbind(-1)
     padding_positions = (case.positions == -1).all(dim=-1)
-    return position_embeddings.masked_fill(padding_positions.unsqueeze(-1), 0.0)
+    return sum_of_table_lookups(case.table, indices, zero=padding_positions)
 
 
 CONTESTANTS = {
     "one_hot": (embed_one_hot, "one-hot x table, as in transformers 5.5"),
+    "copies": (embed_copies, "two lookups, as in transformers 5.10.1 and later"),
     "lookup": (embed_lookup, "the patch vision_position_lookup"),
 }
 
@@ -80,16 +93,17 @@ def run(name: str, case: Case) -> Tensor:
 
 
 def check_agreement(case: Case) -> None:
-    """Stop unless both have the same embeddings and the same gradient, but for rounding."""
+    """Stop unless all have the same embeddings and the same gradient, but for rounding."""
     found = {}
     for name in CONTESTANTS:
         case.drop_gradients()
         found[name] = (run(name, case).detach(), case.table.grad)
     case.drop_gradients()
-    for a, b in zip(*found.values(), strict=True):
-        error = ((a - b).norm() / b.norm()).item()
-        if error > 1e-5:
-            raise SystemExit(f"one-hot and lookup differ by {error:.1e} of the norm")
+    for name in CONTESTANTS:
+        for a, b in zip(found[name], found["lookup"], strict=True):
+            error = ((a - b).norm() / b.norm()).item()
+            if error > 1e-5:
+                raise SystemExit(f"{name} and lookup differ by {error:.1e} of the norm")
 
 
 def one_hot_bytes(options: argparse.Namespace, num_images: int) -> dict[str, float]:
@@ -106,21 +120,11 @@ def report_peak(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both contestants."""
+    """All contestants."""
     case = make_case(options)
     check_agreement(case)
     runs = {name: functools.partial(run, name, case) for name in CONTESTANTS}
-    seconds = time_in_turn(runs, options.repetitions, case.drop_gradients)
-    sizes = ("images", "patches", "table", "hidden", "threads")
-    arguments = [f"--{size}={getattr(options, size)}" for size in sizes]
-    return {
-        name: {
-            "seconds": spread(seconds[name]),
-            "ratio_to_lookup": spread(ratios(seconds, name, "lookup")),
-            "peak_mib": peak_in_new_process(__file__, *arguments, "--peak-of", name),
-        }
-        for name in CONTESTANTS
-    }
+    return compare(__file__, runs, options, SIZES, case.drop_gradients)
 
 
 def parse() -> argparse.Namespace:
@@ -129,35 +133,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patches", type=int, default=2520, help="of one image")
     parser.add_argument("--table", type=int, default=10240, help="rows of each of the two tables")
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=5)
-    # One contestant's peak, for the process that this script starts for it.
-    parser.add_argument("--peak-of", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    add_arguments(parser, CONTESTANTS, repetitions=5)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, compute, write, print."""
+    """Measure, compute, write."""
     options = parse()
     torch.set_num_threads(options.threads)
     if options.peak_of:
         return report_peak(options)
-    result: dict[str, Any] = describe(typed_command(__file__))
-    sizes = ("images", "patches", "table", "hidden", "threads", "repetitions")
-    result["settings"] = {size: getattr(options, size) for size in sizes} | {"dtype": "float32"}
-    result["contestants"] = {name: text for name, (_, text) in CONTESTANTS.items()}
+    result = begin(__file__, options, SIZES, CONTESTANTS)
     result["rows"] = measure(options)
     result["gradient_mib"] = 2 * options.table * options.hidden * 4 / MIB
     result["computed_one_hot"] = one_hot_bytes(options, COMPUTED_IMAGES)
-    for name, row in result["rows"].items():
-        seconds, ratio = row["seconds"], row["ratio_to_lookup"]["median"]
-        print(
-            f"{name:8} {seconds['median'] * 1e3:8.0f} ms "
-            f"({seconds['min'] * 1e3:.0f}-{seconds['max'] * 1e3:.0f}), "
-            f"{ratio:.1f} times the lookup, peak {row['peak_mib']:.0f} MiB"
-        )
-    path = write_result("vision_position_lookup", result)
-    return print(f"wrote {path.relative_to(REPOSITORY)}")
+    return finish("vision_position_lookup", result)
 
 
 if __name__ == "__main__":

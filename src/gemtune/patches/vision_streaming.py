@@ -184,8 +184,8 @@ def _with_weights(self: nn.Module, inner: Callable[..., Any], *args: Any, **kwar
 def _with_weights_from_pixels(
     self: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    # Only here: `enable_input_require_grads` of transformers marks what goes into the layers,
-    # although nobody asks for its gradient.
+    # Only here: a hook as those of `enable_input_require_grads` may mark what goes into the
+    # layers, although nobody asks for its gradient.
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
         _refuse_training("pixel_values require a gradient")

@@ -176,6 +176,18 @@ def test_under_autocast_the_dtype_is_that_of_the_original(
     torch.testing.assert_close(found, exact, rtol=2**-7, atol=1e-3)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    module = make().double()
+    apply(module)
+    given = features(20)
+    expected = module(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(torch.ones(1, 2).double(), torch.ones(1, 2).double()).dtype == torch.float64
+        value = module(given)
+    assert value.dtype == torch.float64
+    assert torch.equal(value, expected)
+
+
 def chunked_forward(
     self: Any, input_feature_dict: Features, inplace_safe: bool = False, chunk_size: Any = None
 ) -> torch.Tensor:

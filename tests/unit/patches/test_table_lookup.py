@@ -136,11 +136,12 @@ def test_places_called_zero_are_zero_and_reach_no_table(way: str, dtype: torch.d
     torch.testing.assert_close(gradient, before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("wrong", [-1, 5, 9, 2**32])
-def test_an_index_outside_its_own_table_raises(way: str, wrong: int) -> None:
-    # 5 is inside the other table, and inside the table of sums.
+# 5 is inside the second table. In the table of sums every one of them would be some other row.
+@pytest.mark.parametrize(("table", "wrong"), [(0, -1), (0, 5), (0, 2**32), (1, -1), (1, 9)])
+def test_an_index_outside_its_own_table_raises(way: str, table: int, wrong: int) -> None:
     tables, indices, _ = make_case((5, 9))
-    indices[0][3, 4] = wrong
+    indices[1 - table][3, 4] = 2
+    indices[table][3, 4] = wrong
     with pytest.raises(IndexError):
         sum_of_table_lookups(tables, indices)
 
