@@ -24,18 +24,24 @@ import gemtune
 
 TINY_CONFIG = Path(gemtune.__file__).parent / "assets" / "tiny" / "config.json"
 FAMILIES = ("e2b", "e4b", "26b_a4b", "31b")
+# Where rounding decides which experts a token goes to, the result jumps, in stock transformers as
+# well. With every token at every expert it does not.
+CONTINUOUS_FAMILIES = ("e2b", "e4b", "26b_a4b_all_experts", "31b")
 IMAGE_GRIDS = ((2, 2), (3, 2), (2, 4), (1, 3))  # soft tokens: width, height
 FRAME_GRID = (2, 3)
 FRAMES_PER_VIDEO = 3
 
 
 def config_of(family: str) -> Gemma4Config:
-    """ "e2b" (the bundled tiny one), "e4b", "26b_a4b" (experts) or "31b" (dense, bidirectional)."""
+    """ "e2b" (the bundled tiny one), "e4b", "26b_a4b" (experts) or "31b" (dense, bidirectional).
+
+    "26b_a4b_all_experts" sends every token to every expert.
+    """
     values = json.loads(TINY_CONFIG.read_text())
     text, vision = values["text_config"], values["vision_config"]
     if family == "e4b":
         text |= {"num_key_value_heads": 2, "use_double_wide_mlp": False}
-    if family in ("26b_a4b", "31b"):
+    if family.startswith(("26b_a4b", "31b")):
         text |= {
             "num_kv_shared_layers": 0,
             "use_double_wide_mlp": False,
@@ -46,11 +52,11 @@ def config_of(family: str) -> Gemma4Config:
             "use_bidirectional_attention": "vision",
         }
         vision |= {"use_clipped_linears": False, "standardize": True}
-    if family == "26b_a4b":
+    if family.startswith("26b_a4b"):
         text |= {
             "enable_moe_block": True,
             "num_experts": 4,
-            "top_k_experts": 2,
+            "top_k_experts": 4 if family.endswith("all_experts") else 2,
             "moe_intermediate_size": 32,
         }
     return Gemma4Config.from_dict(copy.deepcopy(values))
