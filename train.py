@@ -18,7 +18,8 @@ from gemtune.composition import explain, with_unchecked_keys
 from gemtune.config import describe_fields, find_recipe, typed
 from gemtune.errors import UserError
 
-OmegaConf.register_new_resolver("gemtune_fields", describe_fields)
+# Hydra puts values in the place of $NAME in its help; a dollar in a text of ours is one.
+OmegaConf.register_new_resolver("gemtune_fields", lambda: describe_fields().replace("$", "$$"))
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
