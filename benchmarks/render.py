@@ -282,6 +282,7 @@ TABLES = {
     "vision_position_lookup": vision_position_lookup,
     "relative_position_lookup": relative_position_lookup,
     "patches_e2b_small_cpu": price_tags,
+    "patches_tiny_cpu": price_tags,
     "patches_e2b_cuda": price_tags,
 }
 FIGURES = {"exact_match": exact_match}
