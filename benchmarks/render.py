@@ -221,10 +221,10 @@ def price_tags(result: Result) -> str:
 def price_tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows): each alone against none, then all but each against all."""
     rows = {row["name"]: row for row in result["rows"]}
-    all_but = {name for name in rows if name.startswith("all but ")}
+    all_but = [name for name in rows if name.startswith("all but ")]
     # Biggest saver first: of peak memory, else of what is kept.
     alone = sorted(
-        (row for name, row in rows.items() if name not in all_but | {"none"}), key=price_order
+        (row for name, row in rows.items() if name not in [*all_but, "none"]), key=price_order
     )
     what = ["step, ms", "time / none"]
     header = ["", "peak, MiB", "vs none", "kept for backward, MiB", "vs none", *what]
