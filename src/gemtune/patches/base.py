@@ -87,6 +87,15 @@ class Patch(Protocol):
     def plan(self, model: nn.Module) -> Plan: ...
 
 
+def modules_of_class(model: nn.Module, *names: str) -> list[tuple[str, nn.Module]]:
+    """(dotted path, module) of every module whose class has one of these names, `model` included.
+
+    By name, because a patch is found without importing what it patches, and because a class of
+    another release or another library is another object.
+    """
+    return [(path, m) for path, m in model.named_modules() if type(m).__name__ in names]
+
+
 @dataclass(frozen=True)
 class PatchRow:
     """One line of the report."""

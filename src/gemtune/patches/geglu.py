@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from gemtune.errors import PatchError
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan, modules_of_class
 from gemtune.patches.fingerprint import require_known
 
 _MLPS = ("Gemma4TextMLP", "Gemma4VisionMLP")
@@ -187,11 +187,7 @@ class Geglu:
 
     def plan(self, model: nn.Module) -> Plan:
         """One edit for each MLP of the decoder and of the vision tower."""
-        mlps = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ in _MLPS
-        ]
+        mlps = modules_of_class(model, *_MLPS)
         if not mlps:
             return Plan(NOT_APPLICABLE, "the model has no Gemma 4 MLP")
         with_gelu = [(s, mlp) for s, mlp in mlps if mlp.config.hidden_activation == _ACTIVATION]

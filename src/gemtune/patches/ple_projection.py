@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Plan, Wrap
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Plan, Wrap, modules_of_class
 from gemtune.patches.fingerprint import require_known
 
 # The projection is called as it is. What is relied on is how its result is read.
@@ -79,11 +79,7 @@ class PleProjection:
 
     def plan(self, model: nn.Module) -> Plan:
         """One wrap: the `project_per_layer_inputs` of the text model."""
-        decoders = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ == "Gemma4TextModel"
-        ]
+        decoders = modules_of_class(model, "Gemma4TextModel")
         if not decoders:
             return Plan(NOT_APPLICABLE, "the model has no Gemma 4 decoder")
         with_ple = [(s, module) for s, module in decoders if module.hidden_size_per_layer_input]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan, modules_of_class
 from gemtune.patches.fingerprint import require_known
 
 # transformers 5.5.2-5.23.0
@@ -109,11 +109,7 @@ class RmsNorm:
 
     def plan(self, model: nn.Module) -> Plan:
         """One edit for each Gemma4RMSNorm of the model: decoder, towers and projectors."""
-        norms = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ == "Gemma4RMSNorm"
-        ]
+        norms = modules_of_class(model, "Gemma4RMSNorm")
         if not norms:
             return Plan(NOT_APPLICABLE, "the model has no Gemma4RMSNorm")
         stock = type(norms[0][1])

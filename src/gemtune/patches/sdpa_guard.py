@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemtune.errors import PatchError
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Plan, Wrap
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Plan, Wrap, modules_of_class
 
 # The fault needs a mask, a length of 64 modulo 128 and scores far below zero, not a certain head
 # size, so that the vision tower can meet it as well.
@@ -65,11 +65,7 @@ class SdpaGuard:
                 "attention cannot be found. Leave the patch out of patches=[...], call "
                 "torch.backends.cuda.enable_cudnn_sdp(False) yourself, and report it."
             )
-        attention = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ in _ATTENTION
-        ]
+        attention = modules_of_class(model, *_ATTENTION)
         wraps = tuple(
             Wrap(module, "forward", _without_cudnn, site)
             for site, module in attention

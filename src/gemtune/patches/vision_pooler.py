@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan, modules_of_class
 from gemtune.patches.fingerprint import fingerprint, require_known
 
 # Gemma4VisionModel.forward in every release that was read, with the class of what it returns.
@@ -199,11 +199,7 @@ class VisionPooler:
 
     def plan(self, model: nn.Module) -> Plan:
         """Two edits for each vision tower, and one for the embedder that stands beside it."""
-        towers = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ == "Gemma4VisionModel"
-        ]
+        towers = modules_of_class(model, "Gemma4VisionModel")
         if not towers:
             return Plan(NOT_APPLICABLE, "the model has no Gemma 4 vision tower")
         edits = [edit for site, tower in towers for edit in self._edits(model, site, tower)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gemtune.errors import PatchError
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Edit, Plan, modules_of_class
 from gemtune.patches.fingerprint import fingerprint, require_known
 from gemtune.patches.table_lookup import sum_of_table_lookups
 
@@ -48,11 +48,7 @@ class VisionPositionLookup:
 
     def plan(self, model: nn.Module) -> Plan:
         """One edit for each patch embedder of the model."""
-        embedders = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ == "Gemma4VisionPatchEmbedder"
-        ]
+        embedders = modules_of_class(model, "Gemma4VisionPatchEmbedder")
         if not embedders:
             return Plan(NOT_APPLICABLE, "the model has no Gemma 4 vision tower")
         original = getattr(type(embedders[0][1]), "_position_embeddings", None)

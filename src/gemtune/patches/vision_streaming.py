@@ -12,7 +12,7 @@ from torch import nn
 
 from gemtune.errors import PatchError
 from gemtune.options import option
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Change, Edit, Plan, Wrap
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Change, Edit, Plan, Wrap, modules_of_class
 from gemtune.patches.fingerprint import require_known
 from gemtune.patches.host_memory import (
     HOST_MEMORY,
@@ -222,11 +222,7 @@ class VisionStreaming:
         has_cuda = torch.cuda.is_available()
         if self.memory == PINNED and not has_cuda:
             raise PatchError("vision_streaming: memory=pinned needs CUDA. Use memory=mapped.")
-        towers = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ == "Gemma4VisionModel"
-        ]
+        towers = modules_of_class(model, "Gemma4VisionModel")
         if not towers:
             return Plan(NOT_APPLICABLE, "the model has no Gemma 4 vision tower")
         if any(p.requires_grad for _, tower in towers for p in tower.parameters()):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Plan, Wrap
+from gemtune.patches.base import APPLIED, NOT_APPLICABLE, Plan, Wrap, modules_of_class
 from gemtune.patches.fingerprint import require_known
 
 # What stands in for two methods, and what has to hold around them: the tower gives the encoder a
@@ -196,11 +196,7 @@ class VisionUnpadded:
 
     def plan(self, model: nn.Module) -> Plan:
         """For each vision tower its encoder and the attention of each layer."""
-        towers = [
-            (site, module)
-            for site, module in model.named_modules()
-            if type(module).__name__ == "Gemma4VisionModel"
-        ]
+        towers = modules_of_class(model, "Gemma4VisionModel")
         if not towers:
             return Plan(NOT_APPLICABLE, "the model has no Gemma 4 vision tower")
         wraps = [wrap for site, tower in towers for wrap in self._wraps(site, tower)]
