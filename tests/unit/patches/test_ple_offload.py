@@ -193,20 +193,6 @@ def test_the_table_stays_when_the_model_moves() -> None:
     assert host_parameters(model) == [f"{TABLE}.weight"]
 
 
-def test_accelerate_prepares_and_unwraps_it() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="pip install accelerate")
-    model = frozen()
-    inputs = batch(model)
-    expected = loss_and_gradients(model, inputs)
-    report = patches.apply(model, [PleOffload()])
-    accelerator = accelerate.Accelerator(cpu=True)
-    prepared = accelerator.prepare(model)
-    assert_same(loss_and_gradients(prepared, inputs), expected)
-    accelerator.unwrap_model(prepared)
-    report.undo()
-    assert_same(loss_and_gradients(model, inputs), expected)
-
-
 def test_adapters_get_the_same_gradients(fetches: list[list[int]]) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     stock, model = frozen(), frozen()

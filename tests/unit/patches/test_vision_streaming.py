@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,18 +127,6 @@ def lora(model: Any, targets: str) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
 
 
-def test_adapters_of_the_language_model_get_the_same_gradients() -> None:
-    stock, model = frozen(), frozen()
-    inputs = batch(model)
-    patches.apply(model, [VisionStreaming()])
-    results = []
-    for base in (stock, model):
-        torch.manual_seed(1)
-        results.append(loss_and_gradients(lora(base, r".*language_model.*\.q_proj"), inputs))
-    assert results[0][1]
-    assert_same(results[1], results[0])
-
-
 def test_adapters_of_the_tower_are_refused() -> None:
     model = frozen()
     inputs = batch(model)
@@ -168,20 +155,6 @@ def test_parameters_stay_on_the_host_and_the_first_one_tells_the_device() -> Non
     assert set(host_parameters(model)) == expected
 
 
-def test_accelerate_prepares_and_unwraps_it() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="pip install accelerate")
-    model = frozen()
-    inputs = batch(model)
-    expected = loss_and_gradients(model, inputs)
-    report = patches.apply(model, [VisionStreaming()])
-    accelerator = accelerate.Accelerator(cpu=True)
-    prepared = accelerator.prepare(model)
-    assert_same(loss_and_gradients(prepared, inputs), expected)
-    accelerator.unwrap_model(prepared)
-    report.undo()
-    assert_same(loss_and_gradients(model, inputs), expected)
-
-
 def test_other_weights_can_be_loaded_into_it_and_dtype_changed() -> None:
     model, other = frozen(), build("e2b", torch.float32, seed=1, frozen=("vision_tower",))
     inputs = batch(model)
@@ -192,18 +165,6 @@ def test_other_weights_can_be_loaded_into_it_and_dtype_changed() -> None:
     pixels = {"pixel_values": inputs["pixel_values"].bfloat16()}
     model.to(torch.bfloat16), other.to(torch.bfloat16)
     assert torch.equal(soft_tokens(model, inputs | pixels), soft_tokens(other, inputs | pixels))
-
-
-def test_it_is_saved_and_read_again(tmp_path: Path) -> None:
-    model = frozen()
-    inputs = batch(model)
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    patches.apply(model, [VisionStreaming()])
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path, dtype=torch.float32)
-    found = again.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert torch.equal(soft_tokens(again.train(), inputs), soft_tokens(model, inputs))
 
 
 def test_a_deep_copy_streams_its_own_weights() -> None:
