@@ -161,8 +161,9 @@ def open_session(
         save=lambda: save(
             runtime, model, stages.optimizer, state, config.as_dict(), config.checkpoint
         ),
-        look_ahead=lambda inputs: prefetch(stages.base, inputs["input_ids"]),
     )
+    if "ple_offload" in config.patches:
+        session.look_ahead = lambda inputs: prefetch(stages.base, inputs["input_ids"])
     return session, reporter
 
 

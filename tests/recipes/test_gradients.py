@@ -58,6 +58,14 @@ def test_patches_decide_nothing(train_run: TrainRun, tmp_path: Path) -> None:
     assert stock.losses() == pytest.approx(patched.losses(), rel=1e-5)
 
 
+def test_weights_in_host_memory_decide_nothing(train_run: TrainRun, tmp_path: Path) -> None:
+    frozen = "model.freeze=[ple,vision]"
+    stock = train_run(*SMOOTH, frozen, "patches=[]", run_dir=tmp_path / "stock")
+    chosen = "patches=[ple_offload,vision_streaming,linear_cross_entropy]"
+    offloaded = train_run(*SMOOTH, frozen, chosen, run_dir=tmp_path / "offloaded")
+    assert offloaded.losses() == pytest.approx(stock.losses(), rel=1e-5)
+
+
 def test_a_step_that_is_not_finite_changes_nothing(
     train_run: TrainRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
