@@ -9,10 +9,13 @@ Shape letters: N supervised rows, R rows of a chunk, T rows of a tile, V vocabul
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gemtune.losses.fused import fused_softmax
 
 MIB = 1 << 20
 CPU_TILE_BYTES = 2 * MIB  # with its scratch still in cache; 64 MiB costs 1.5 times as much
@@ -31,13 +34,28 @@ class Settings(NamedTuple):
     matmul_dtype: torch.dtype
 
 
+class Product(NamedTuple):
+    """One summand rows_NH @ weight_VH.T of the logits, and which of its gradients are needed.
+
+    The head is the first. A LoRA on it is a second one, with its rank in the place of H.
+    """
+
+    rows_NH: Tensor
+    weight_VH: Tensor
+    needs_rows: bool = False
+    needs_weight: bool = False
+
+
 class Scores(NamedTuple):
-    """Per-row losses [N], metric sums (empty unless asked for) and gradients (None if unneeded)."""
+    """Per-row losses [N], metric sums (empty unless asked for), and gradients.
+
+    `gradients` has two entries for each product, of its rows and of its weight, None where it was
+    not needed.
+    """
 
     losses_N: Tensor
     sums: tuple[Tensor, ...]
-    grad_rows_NH: Tensor | None
-    grad_weight_VH: Tensor | None
+    gradients: list[Tensor | None]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,54 +121,79 @@ def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: i
 
 
 def score(
-    rows_NH: Tensor,
-    weight_VH: Tensor,
-    targets_N: Tensor,
-    row_scale: Tensor,
-    settings: Settings,
-    needs: tuple[bool, bool],
+    products: Sequence[Product], targets_N: Tensor, row_scale: Tensor, settings: Settings
 ) -> Scores:
-    """Return losses, and the gradients of sum(row_scale * losses) for what `needs` names.
+    """Return losses, and the gradients of sum(row_scale * losses) that the products need.
 
-    One matmul, and one more per needed gradient. Allocates one chunk of logits, one tile, and the
-    gradients in the accumulator dtype.
+    One matmul for each product, and one more for each needed gradient. Allocates one chunk of
+    logits, one tile, and the gradients in the accumulator dtype.
     """
-    (num_rows, hidden_size), vocab_size = rows_NH.shape, weight_VH.shape[0]
-    needs_rows, needs_weight = needs
+    head = products[0]
+    num_rows, vocab_size = head.rows_NH.shape[0], head.weight_VH.shape[0]
+    device_type = head.rows_NH.device.type
     wide = accumulator_dtype(settings.matmul_dtype)
-    weight_VH = weight_VH.to(settings.matmul_dtype)
-    has_mm, _ = mixed_matmul_support(rows_NH.device.type, settings.matmul_dtype)
+    products = [p._replace(weight_VH=p.weight_VH.to(settings.matmul_dtype)) for p in products]
+    has_mm, _ = mixed_matmul_support(device_type, settings.matmul_dtype)
     narrow = settings.matmul_dtype if has_mm or settings.matmul_dtype == wide else wide
-    chunk = rows_per_chunk(num_rows, vocab_size, wide.itemsize, settings.chunk_bytes)
-    new = functools.partial(torch.empty, device=rows_NH.device, dtype=wide)
+    new = functools.partial(torch.empty, device=head.rows_NH.device, dtype=wide)
+    softmax = fused_softmax(device_type)
+    # Fused, the gradient of the logits has a buffer of its own: kernels write out of order.
+    itemsize = wide.itemsize + (narrow.itemsize if softmax else 0)
+    chunk = rows_per_chunk(num_rows, vocab_size, itemsize, settings.chunk_bytes)
     buffer_RV = new(chunk if num_rows else 0, vocab_size)
-    # The gradient of the logits goes back where the logits were; rounded to half precision it
-    # takes the front half of each row.
-    grad_RV = buffer_RV if narrow == wide else buffer_RV.view(narrow)[:, :vocab_size]
+    if softmax:
+        grad_RV = torch.empty_like(buffer_RV, dtype=narrow)
+    else:
+        # The gradient of the logits goes back where the logits were; rounded to half precision it
+        # takes the front half of each row.
+        grad_RV = buffer_RV if narrow == wide else buffer_RV.view(narrow)[:, :vocab_size]
     records = new(4 if settings.metrics else 1, num_rows)
-    grad_rows_NH = new(num_rows, hidden_size) if needs_rows else None
-    grad_weight_VH = new(vocab_size, hidden_size) if needs_weight else None
-    if needs_weight and not num_rows:
-        grad_weight_VH.zero_()
+    gradients = [gradient for p in products for gradient in new_gradients(p, new)]
+    needed = any(gradient is not None for gradient in gradients)
     row_scale_N = row_scale.expand(num_rows)
 
     for start in range(0, num_rows, chunk):
         at = slice(start, min(start + chunk, num_rows))
-        size = at.stop - at.start
-        rows_RH = rows_NH[at].to(settings.matmul_dtype).to(narrow)
-        logits_RV, grad_logits_RV = buffer_RV[:size], grad_RV[:size]
-        for columns, weight_part in weight_slices(weight_VH, narrow):
-            alpha = 1.0 / (settings.softcap or 1.0)
-            multiply_into(logits_RV[:, columns], rows_RH, weight_part.t(), alpha=alpha)
-        scale_R = row_scale_N[at] if needs_rows or needs_weight else None
-        softmax_chunk(logits_RV, grad_logits_RV, targets_N[at], scale_R, records[:, at], settings)
-        if needs_rows:
-            for columns, weight_part in weight_slices(weight_VH, narrow):
-                keep = columns.start > 0
-                multiply_into(grad_rows_NH[at], grad_logits_RV[:, columns], weight_part, keep=keep)
-        if needs_weight:
-            multiply_into(grad_weight_VH, grad_logits_RV.t(), rows_RH, keep=start > 0)
-    return Scores(records[0], metric_sums(records), grad_rows_NH, grad_weight_VH)
+        logits_RV, grad_logits_RV = buffer_RV[: at.stop - start], grad_RV[: at.stop - start]
+        parts = [p.rows_NH[at].to(settings.matmul_dtype).to(narrow) for p in products]
+        fill_logits(logits_RV, parts, products, settings, narrow)
+        scale_R = row_scale_N[at] if needed else None
+        (softmax or softmax_chunk)(
+            logits_RV, grad_logits_RV, targets_N[at], scale_R, records[:, at], settings
+        )
+        for i, (rows_RH, p) in enumerate(zip(parts, products, strict=True)):
+            grad_rows_NH, grad_weight_VH = gradients[2 * i : 2 * i + 2]
+            if grad_rows_NH is not None:
+                for columns, weight in weight_slices(p.weight_VH, narrow):
+                    keep = columns.start > 0
+                    multiply_into(grad_rows_NH[at], grad_logits_RV[:, columns], weight, keep=keep)
+            if grad_weight_VH is not None:
+                multiply_into(grad_weight_VH, grad_logits_RV.t(), rows_RH, keep=start > 0)
+    return Scores(records[0], metric_sums(records), gradients)
+
+
+def new_gradients(product: Product, new: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    """Memory for the gradients of the product's rows and weight; zeros where no row writes it."""
+    num_rows = len(product.rows_NH)
+    grad_rows = new(product.rows_NH.shape) if product.needs_rows else None
+    grad_weight = new(product.weight_VH.shape) if product.needs_weight else None
+    if grad_weight is not None and not num_rows:
+        grad_weight.zero_()
+    return grad_rows, grad_weight
+
+
+def fill_logits(
+    logits_RV: Tensor,
+    parts: Sequence[Tensor],
+    products: Sequence[Product],
+    settings: Settings,
+    narrow: torch.dtype,
+) -> None:
+    """Set the chunk to the sum of the products, divided by the cap."""
+    alpha = 1.0 / (settings.softcap or 1.0)
+    for i, (rows_RH, product) in enumerate(zip(parts, products, strict=True)):
+        for columns, weight in weight_slices(product.weight_VH, narrow):
+            multiply_into(logits_RV[:, columns], rows_RH, weight.t(), alpha=alpha, keep=i > 0)
 
 
 def metric_sums(records: Tensor) -> tuple[Tensor, ...]:

@@ -5,51 +5,17 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_head import (
+    IGNORE,
+    assert_close,
+    gradients,
+    problem,
+    reference_logits,
+    reference_losses,
+    relative_error,
+)
 
 from gemtune.losses import linear_cross_entropy
-
-IGNORE = -100
-
-
-def problem(num_rows=37, hidden_size=13, vocab_size=101, ignored=0.0, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_rows, hidden_size, generator=generator, dtype=torch.float64)
-    weight = torch.randn(vocab_size, hidden_size, generator=generator, dtype=torch.float64)
-    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
-    silent = torch.randperm(num_rows, generator=generator)[: round(num_rows * ignored)]
-    labels[silent] = IGNORE
-    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
-
-
-def reference_logits(hidden, weight, softcap=None):
-    logits = hidden.double() @ weight.double().T
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def reference_losses(hidden, weight, labels, softcap=None, label_smoothing=0.0, z_loss_weight=0.0):
-    """One loss per label, 0 where ignored."""
-    logits = reference_logits(hidden, weight, softcap)
-    losses = F.cross_entropy(
-        logits.flatten(0, -2),
-        labels.flatten().long(),
-        reduction="none",
-        label_smoothing=label_smoothing,
-    ).reshape(labels.shape)
-    return losses + z_loss_weight * logits.logsumexp(-1).square() * (labels != IGNORE)
-
-
-def gradients(loss, *inputs):
-    return torch.autograd.grad(loss, inputs)
-
-
-def assert_close(actual, expected, tolerance=1e-12):
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).norm()
-    assert error <= tolerance * max(1.0, expected.double().norm().item())
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def assert_same_loss_and_gradients(hidden, weight, labels, chunk_bytes=None, **options):
@@ -299,10 +265,10 @@ def test_second_backward_per_token_recomputes():
 
 def test_double_differentiation_is_refused():
     hidden, weight, labels = problem()
-    loss = linear_cross_entropy(hidden, weight, labels)
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -350,3 +316,18 @@ def test_cuda_matches_float64(dtype):
     assert_close(actual.cpu(), expected, 1e-4)
     for ours, theirs in zip(gradients(actual, *on_cuda[:2]), expected_grads, strict=True):
         assert relative_error(ours.cpu(), theirs.double()) <= 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_labels_on_the_cpu_spare_the_wait_for_the_gpu():
+    hidden, weight, labels = problem(512, 64, 4099, ignored=0.5, dtype=torch.float32)
+    hidden, weight = (tensor.detach().cuda().requires_grad_() for tensor in (hidden, weight))
+    expected = linear_cross_entropy(hidden, weight, labels.cuda(), softcap=30.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = linear_cross_entropy(hidden, weight, labels, softcap=30.0)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_close(loss, expected, 1e-6)
