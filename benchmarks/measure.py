@@ -46,7 +46,8 @@ def begin(
 
 def finish(name: str, result: Mapping[str, Any]) -> None:
     """Write the result."""
-    print(f"wrote {write_result(name, dict(result)).relative_to(REPOSITORY)}")
+    path = write_result(name, dict(result))
+    print(f"wrote {path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path}")
 
 
 def compare(
@@ -80,11 +81,13 @@ def time_in_turn(
     contestants: Mapping[str, Callable[[], object]],
     repetitions: int,
     between: Callable[[], object] = lambda: None,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Name -> seconds of each round; every contestant once a round, after one untimed round.
 
     Each round begins with another contestant, so that none always runs behind the same one.
     `between` runs before each call, outside the time: it drops the gradients of the call before.
+    `wait` returns when a device that works behind the caller is done.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -92,8 +95,10 @@ def time_in_turn(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             between()
+            wait()
             start = time.perf_counter()
             contestants[name]()
+            wait()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     between()
@@ -123,6 +128,17 @@ def peak_above_now_mib(work: Callable[[], object]) -> float:
     tracker.enter("forward")
     work()
     return (tracker.finish()["forward"] - before) * 1024
+
+
+def peak_on_cuda_mib(work: Callable[[], object]) -> float:
+    """Most that tensors hold on the GPU during `work`, above what they hold before it, in MiB."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / MIB, 1)
 
 
 def peak_in_new_process(script: str, *arguments: str) -> float | None:

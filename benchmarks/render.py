@@ -95,13 +95,18 @@ def interval(values: dict[str, float], scale: float = 1.0, digits: int = 2) -> s
 def linear_cross_entropy(result: Result) -> str:
     """Three tables for each head: time over the matmuls, milliseconds, and memory."""
     settings = result["settings"]
+    on_gpu = settings.get("device") == "cuda"
+    place = "on the GPU" if on_gpu else f"{settings['threads']} thread(s)"
     size = (
         f"N = {settings['rows']} rows, H = {settings['hidden']}, V = {settings['vocabulary']}, "
-        f"cap {settings['softcap']:g}, {settings['dtype']}, {settings['threads']} thread(s), "
+        f"cap {settings['softcap']:g}, {settings['dtype']}, {place}, "
         f"{settings['repetitions']} rounds."
     )
+    parts = [setting(result), f"- Size: {size}"]
+    if peers := result.get("peers"):
+        parts.append("- Peers: " + ", ".join(f"{name} {text}" for name, text in peers.items()))
     names = [f"- `{name}`: {text}" for name, text in result["contestants"].items()]
-    parts = [setting(result), f"- Size: {size}", "", *names, ""]
+    parts += ["", *names, ""]
     for frozen, head in ((False, "Full head"), (True, "Frozen head")):
         cases = [case for case in result["cases"] if case["frozen_head"] is frozen]
         if not cases:
@@ -120,15 +125,18 @@ def contest(result: Result, cases: list[Result], cell: Callable[[Result], str]) 
     header = ["ignored labels", *(f"{case['ignored_percent']}%" for case in cases)]
     rows = []
     for name in result["contestants"]:
-        cells = [cell(case["rows"][name]) if name in case["rows"] else "" for case in cases]
+        cells = []
+        for case in cases:
+            missing = "out of memory" if name in case.get("out_of_memory", ()) else ""
+            cells.append(cell(case["rows"][name]) if name in case["rows"] else missing)
         if any(cells):
             rows.append([f"`{name}`", *cells])
     if cell is memory_cell:
         sizes = (f"{case['gradients_mib']:,.0f}" for case in cases)
         rows.append(["the gradients alone (computed)", *sizes])
     for text in result["not_measured"].values():
-        rows.append([text.split(":")[0], *[NOT_MEASURED] * len(cases)])
-    rows.append(["any of them on a GPU", *[NOT_MEASURED] * len(cases)])
+        # The reason, if there is one, stays beside the name.
+        rows.append([text.replace(f": {NOT_MEASURED}", ""), *[NOT_MEASURED] * len(cases)])
     return table(header, rows)
 
 
@@ -279,6 +287,7 @@ def exact_match(folder: Path) -> str:
 TABLES = {
     "default_run": default_run,
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy_cuda": linear_cross_entropy,
     "vision_position_lookup": vision_position_lookup,
     "relative_position_lookup": relative_position_lookup,
     "patches_e2b_small_cpu": price_tags,
