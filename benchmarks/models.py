@@ -22,6 +22,7 @@ BATCHES = {
     "tiny": {"rows": 2, "text_tokens": 48, "images_per_row": 2, "soft_tokens": 12},
     "e2b_small": {"rows": 2, "text_tokens": 128, "images_per_row": 1, "soft_tokens": 70},
     "e4b_small": {"rows": 2, "text_tokens": 128, "images_per_row": 1, "soft_tokens": 70},
+    "e2b_quarter": {"rows": 2, "text_tokens": 512, "images_per_row": 0, "soft_tokens": 70},
     "e2b": {"rows": 4, "text_tokens": 1024, "images_per_row": 2, "soft_tokens": 280},
     "e4b": {"rows": 4, "text_tokens": 1024, "images_per_row": 2, "soft_tokens": 280},
 }

@@ -193,6 +193,37 @@ def relative_position_lookup(result: Result) -> str:
     return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
 
 
+def supervised_positions(result: Result) -> str:
+    """A row for each share of supervised tokens."""
+    settings = result["settings"]
+    recomputed = "on" if settings["checkpointing"] else "off"
+    size = (
+        f"{settings['size']}, {settings['parameters'] / 1e6:,.0f} M parameters, "
+        f"{settings['dtype']}, training {settings['training']}, gradient checkpointing "
+        f"{recomputed}; {settings['rows']} rows of {settings['text_tokens']} tokens, "
+        f"{settings['threads']} CPU thread(s), {settings['repetitions']} rounds."
+    )
+    header = ["supervised", "all positions, ms", "supervised ones, ms", "faster by"]
+    header += ["operations allow", "peak, all positions", "peak, supervised ones"]
+    rows = []
+    for case in result["cases"]:
+        full, lean = case["rows"]["full"], case["rows"]["supervised_positions"]
+        rows.append(
+            [
+                f"{case['supervised_percent']}%",
+                interval(full["seconds"], 1e3, 0),
+                interval(lean["seconds"], 1e3, 0),
+                interval(case["speedup"]),
+                f"{case['speedup_allowed']:.2f}",
+                *(
+                    NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
+                    for row in (full, lean)
+                ),
+            ]
+        )
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
 def lookup_cells(row: Result) -> list[str]:
     """Milliseconds, time over that of the lookup, peak."""
     peak = NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
@@ -288,6 +319,9 @@ TABLES = {
     "default_run": default_run,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_cuda": linear_cross_entropy,
+    "supervised_positions": supervised_positions,
+    "supervised_positions_lora": supervised_positions,
+    "supervised_positions_cuda": supervised_positions,
     "vision_position_lookup": vision_position_lookup,
     "relative_position_lookup": relative_position_lookup,
     "patches_e2b_small_cpu": price_tags,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gemtune.errors import ConfigError
 from gemtune.options import did_you_mean, option, require_choice, require_range
 
-SIZES = ("tiny", "e2b_small", "e4b_small", "e2b", "e4b")
+SIZES = ("tiny", "e2b_small", "e4b_small", "e2b_quarter", "e2b", "e4b")
 INTERNAL = ("peak_of",)  # for the processes that the suite starts itself
 BY_SIZE = "0: as the size has it"
 

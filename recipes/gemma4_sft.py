@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from gemtune.console import Screen
 from gemtune.data import Batch, BatchStream, ChatDataset, prepare
 from gemtune.evaluation import exact_match, generate_answers
 from gemtune.loop import Session, evaluate, train
+from gemtune.losses import HostLabels
 from gemtune.memory import PeakTracker
 from gemtune.models import (
     Processing,
@@ -143,7 +145,8 @@ def open_session(
     reporter = Reporter(runtime, config, state, screen)
 
     forward_options: dict[str, bool] = {"use_cache": False}
-    if "linear_cross_entropy" in config.patches:
+    loss_alone = not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(config.patches)
+    if loss_alone:
         forward_options["skip_logits"] = True  # in evaluation too
     memory = PeakTracker(runtime.device)
     memory.begin_loss_after(base_model(stages.base))
@@ -162,8 +165,14 @@ def open_session(
             runtime, model, stages.optimizer, state, config.as_dict(), config.checkpoint
         ),
     )
-    if "ple_offload" in config.patches:
-        session.look_ahead = lambda inputs: prefetch(stages.base, inputs["input_ids"])
+
+    def look_ahead(batch: Batch) -> dict[str, Any]:
+        if "ple_offload" in config.patches:
+            prefetch(stages.base, batch.inputs["input_ids"])
+        # Labels that stay on the CPU are counted there: the GPU is not waited for.
+        return {"host_labels": HostLabels(batch.labels)} if loss_alone else {}
+
+    session.look_ahead = look_ahead
     return session, reporter
 
 

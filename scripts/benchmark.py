@@ -20,6 +20,7 @@ BENCHMARKS = REPOSITORY / "benchmarks"
 SUITES = (
     "patches",
     "linear_cross_entropy",
+    "supervised_positions",
     "vision_position_lookup",
     "relative_position_lookup",
     "default_run",

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +27,8 @@ FAMILIES = ("e2b", "e4b", "26b_a4b", "31b")
 # Where rounding decides which experts a token goes to, the result jumps, in stock transformers as
 # well. With every token at every expert it does not.
 CONTINUOUS_FAMILIES = ("e2b", "e4b", "26b_a4b_all_experts", "31b")
+# Their upper layers share keys and values, and each layer has embeddings of its own.
+SHARING_FAMILIES = ("e2b", "e4b")
 IMAGE_GRIDS = ((2, 2), (3, 2), (2, 4), (1, 3))  # soft tokens: width, height
 FRAME_GRID = (2, 3)
 FRAMES_PER_VIDEO = 3
@@ -258,6 +260,12 @@ def loss_and_gradients(
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), gradients
+
+
+def brings_its_loss(choice: Collection[str], family: str) -> bool:
+    """Whether a model with these patches computes its loss without transformers' own."""
+    at_positions = "supervised_positions" in choice and family in SHARING_FAMILIES
+    return at_positions or "linear_cross_entropy" in choice
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -54,3 +54,22 @@ def kept_bytes(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
         if cdata != returned and not ref.expired()
     )
     return result, alive
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that what was created within it holds at once, looked at after each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages = _Storages()
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = self._storages.__torch_dispatch__(func, types, args, kwargs)
+        created = self._storages.created
+        for cdata in [cdata for cdata, (ref, _) in created.items() if ref.expired()]:
+            del created[cdata]
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in created.values()))
+        return result

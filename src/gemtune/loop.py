@@ -93,8 +93,8 @@ class Session:
     evaluation_batches: Callable[[], Iterable[TrainBatch]]
     """This rank's share of the evaluation rows."""
     save: Callable[[], None]
-    look_ahead: Callable[[dict[str, torch.Tensor]], None] = lambda inputs: None
-    """Sees the inputs of every forward while they are on the CPU still."""
+    look_ahead: Callable[[TrainBatch], dict[str, Any]] = lambda batch: {}
+    """Sees every batch while it is on the CPU still; what it returns is passed to the model too."""
 
 
 @dataclass
@@ -104,6 +104,10 @@ class StepResult:
     loss: float
     """Mean over the supervised tokens of the global batch."""
     grad_norm: float
+    token_accuracy: float | None
+    """Share of the supervised tokens that are the most likely one. None: the model does not say."""
+    entropy: float | None
+    """Mean over the supervised tokens, in nats. None: the model does not say."""
     supervised_tokens: int
     tokens: int
     peaks_gib: list[dict[str, float]]
@@ -165,71 +169,101 @@ def step(
     The gradient is that of the sum of the token losses of all ranks, divided once by the number
     of supervised tokens of all ranks: it does not depend on how the rows are split.
     """
-    runtime, model, memory = session.runtime, session.model, session.memory
+    runtime, model = session.runtime, session.model
     supervised, tokens = runtime.totals(
         [
             sum(batch.num_supervised_tokens for batch in micro_batches),
             sum(batch.num_tokens for batch in micro_batches),
         ]
     )
-    loss_sums: list[torch.Tensor] = []
-    for number, batch in enumerate(micro_batches, start=1):
-        memory.enter("forward")
-        with runtime.gradient_sync(model, number == len(micro_batches)):
-            session.look_ahead(batch.inputs)
-            batch = batch.to(runtime.device)
-            output = model(**batch.inputs, labels=batch.labels, **session.forward_options)
-            # The model returns the mean over this micro-batch.
-            micro_sum = output.loss.double() * batch.num_supervised_tokens
-            memory.enter("backward")
-            # DDP averages gradients over the ranks; the factor makes it a sum again.
-            runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
-        loss_sums.append(micro_sum.detach())
-        del output, micro_sum
-
-    memory.enter("optimizer")
+    sums = _accumulate(session, micro_batches, supervised)
+    session.memory.enter("optimizer")
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    loss_sum = torch.stack(loss_sums).sum()
-    shared = runtime.table([loss_sum, grad_norm, float(runtime.stop.requested), supervised, tokens])
-    loss = sum(row[0] for row in shared) / shared[0][3]
+    stop = float(runtime.stop.requested)
+    shared = runtime.table([*sums.sum(0), grad_norm, stop, supervised, tokens])
+    *totals, _, _, _, _ = (sum(column) for column in zip(*shared, strict=True))
+    *_, grad_norm, _, supervised, tokens = shared[0]
+    loss, token_accuracy, entropy = (total / supervised for total in totals)
     # Agreed by all ranks before anything changes. The norm is the same on all, the losses are not.
-    updated = math.isfinite(loss) and all(math.isfinite(row[1]) for row in shared)
+    updated = math.isfinite(loss) and all(math.isfinite(row[3]) for row in shared)
     if updated:
         for group in session.optimizer.param_groups:
             group["lr"] = session.learning_rate(session.state.step)
         session.optimizer.step()
     session.optimizer.zero_grad(set_to_none=True)
-    peaks = memory.finish()
+    peaks = session.memory.finish()
     rows = runtime.table([peaks[phase] for phase in PHASES])
     return StepResult(
         loss=loss,
-        grad_norm=shared[0][1],
-        supervised_tokens=int(shared[0][3]),
-        tokens=int(shared[0][4]),
+        grad_norm=grad_norm,
+        token_accuracy=None if math.isnan(token_accuracy) else token_accuracy,
+        entropy=None if math.isnan(entropy) else entropy,
+        supervised_tokens=int(supervised),
+        tokens=int(tokens),
         peaks_gib=[dict(zip(PHASES, row, strict=True)) for row in rows],
         updated=updated,
-        suspects=[] if updated else _suspects(runtime, micro_batches, loss_sums),
-        stop_requested=any(row[2] for row in shared),
+        suspects=[] if updated else _suspects(runtime, micro_batches, sums[:, 0]),
+        stop_requested=any(row[4] for row in shared),
     )
+
+
+def _accumulate(
+    session: Session, micro_batches: list[TrainBatch], supervised: float
+) -> torch.Tensor:
+    """Forward and backward of every micro-batch; the gradients add up.
+
+    Returns [micro-batches, 3]: summed loss, correct tokens, summed entropy; the latter two are NaN
+    where the model's loss does not come with them.
+    """
+    runtime, model, memory = session.runtime, session.model, session.memory
+    sums: list[torch.Tensor] = []
+    for number, batch in enumerate(micro_batches, start=1):
+        memory.enter("forward")
+        with runtime.gradient_sync(model, number == len(micro_batches)):
+            options = session.forward_options | session.look_ahead(batch)
+            batch = batch.to(runtime.device)
+            output = model(**batch.inputs, labels=batch.labels, **options)
+            # The model returns the mean over this micro-batch.
+            micro_sum = output.loss.double() * batch.num_supervised_tokens
+            memory.enter("backward")
+            # DDP averages gradients over the ranks; the factor makes it a sum again.
+            runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
+        sums.append(torch.stack([micro_sum.detach(), *_token_sums(output)]))
+        del output, micro_sum
+    return torch.stack(sums)
+
+
+def _token_sums(output: Any) -> list[torch.Tensor]:
+    """Correct tokens and summed entropy, if the model's loss came with them, else NaN; float64."""
+    found = [getattr(output, name, None) for name in ("num_correct", "entropy_sum")]
+    missing = output.loss.new_full((), math.nan, dtype=torch.float64)
+    return [missing if value is None else value.double() for value in found]
 
 
 @torch.no_grad()
 def evaluate(session: Session) -> dict[str, float]:
-    """`eval/loss`: mean over the supervised tokens of all ranks' batches; empty without any."""
+    """`eval/loss` and `eval/token_accuracy` over the supervised tokens of all ranks' batches.
+
+    Empty without any; the latter only where the model's loss comes with it.
+    """
     # Not DDP's own forward: ranks may have different numbers of batches.
     model = session.runtime.unwrap(session.model)
     model.eval()
-    loss_sum, supervised = 0.0, 0
+    loss_sum, correct, supervised = 0.0, 0.0, 0
     for batch in session.evaluation_batches():
-        session.look_ahead(batch.inputs)
+        options = session.forward_options | session.look_ahead(batch)
         moved = batch.to(session.runtime.device)
-        output = model(**moved.inputs, labels=moved.labels, **session.forward_options)
+        output = model(**moved.inputs, labels=moved.labels, **options)
         loss_sum += float(output.loss) * batch.num_supervised_tokens
+        correct += float(_token_sums(output)[0])
         supervised += batch.num_supervised_tokens
-    shared = session.runtime.table([loss_sum, supervised])
-    total = sum(row[1] for row in shared)
-    return {"eval/loss": sum(row[0] for row in shared) / total} if total else {}
+    shared = session.runtime.table([loss_sum, correct, supervised])
+    loss_sum, correct, total = (sum(column) for column in zip(*shared, strict=True))
+    if not total:
+        return {}
+    accuracy = {} if math.isnan(correct) else {"eval/token_accuracy": correct / total}
+    return {"eval/loss": loss_sum / total, **accuracy}
 
 
 def _record(
@@ -248,6 +282,11 @@ def _record(
         "train/step_seconds": seconds,
         "train/data_wait_fraction": waited / seconds,
         "train/nonfinite_steps": session.state.nonfinite_steps + (not result.updated),
+    }
+    for name in ("token_accuracy", "entropy"):
+        if getattr(result, name) is not None:
+            record[f"train/{name}"] = getattr(result, name)
+    record |= {
         "memory/peak_gib": per_rank[worst],
         "memory/peak_rank": worst,
         "memory/peak_gib_per_rank": per_rank,
@@ -258,7 +297,7 @@ def _record(
 
 
 def _suspects(
-    runtime: Runtime, micro_batches: list[TrainBatch], loss_sums: list[torch.Tensor]
+    runtime: Runtime, micro_batches: list[TrainBatch], loss_sums: torch.Tensor
 ) -> list[str]:
     pairs = list(zip(micro_batches, loss_sums, strict=True))
     mine = [row for batch, loss in pairs if not torch.isfinite(loss) for row in batch.rows]

@@ -12,7 +12,9 @@ import torch
 from gemma4_zoo import (
     CONTINUOUS_FAMILIES,
     FAMILIES,
+    SHARING_FAMILIES,
     batch,
+    brings_its_loss,
     build,
     cast,
     exact_float64,
@@ -95,7 +97,7 @@ def assert_exact(family: str, choice: tuple[str, ...], trained: str, kind: str, 
     try:
         with exact_float64():
             # Where the loss is left to transformers, it is computed from the logits on both sides.
-            stock_loss = "linear_cross_entropy" not in choice
+            stock_loss = not brings_its_loss(choice, family)
             loss, gradients = loss_and_gradients(model, inputs, reference=stock_loss)
     finally:
         report.undo()
@@ -279,12 +281,13 @@ def test_weights_survive_a_change_of_dtype_and_a_reload(choice: tuple[str, ...])
 
 def status_of(name: str, family: str, trained: str) -> str:
     """What the report must say, in every transformers release that is supported."""
-    has_ple = family in ("e2b", "e4b")
+    has_ple = family in SHARING_FAMILIES
     frozen = trained != "everything"
     applies = {
         "relative_position_lookup": False,
         "ple_projection": has_ple,
         "ple_offload": has_ple and frozen,
+        "supervised_positions": family in SHARING_FAMILIES,
         "vision_streaming": frozen,
     }
     return "applied" if applies.get(name, True) else "not applicable"

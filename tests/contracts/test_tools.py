@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from gemma4_zoo import batch, build, cast, exact_float64, loss_and_gradients, relative_error
+from gemma4_zoo import (
+    batch,
+    brings_its_loss,
+    build,
+    cast,
+    exact_float64,
+    loss_and_gradients,
+    relative_error,
+)
 
 from gemtune import patches
 
@@ -28,7 +36,7 @@ def results(model: Any, choice: tuple[str, ...]) -> tuple[torch.Tensor, dict[str
     """Where the loss is left to transformers, it is computed from the logits."""
     inputs = batch(build("e2b"))
     with exact_float64():
-        return loss_and_gradients(model, inputs, reference="linear_cross_entropy" not in choice)
+        return loss_and_gradients(model, inputs, reference=not brings_its_loss(choice, "e2b"))
 
 
 def assert_same(

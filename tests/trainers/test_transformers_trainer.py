@@ -15,6 +15,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 from transformers import Gemma4ForConditionalGeneration, Trainer, TrainingArguments
 
 from gemtune import patches
+from gemtune.patches.linear_cross_entropy import LinearCrossEntropy
 
 # What the run of a patched model may differ by: three steps in float32.
 LOSS_BOUND, WEIGHTS_BOUND = 1e-5, 2e-4
@@ -58,8 +59,8 @@ def train(
     model: nn.Module, data: list[dict[str, torch.Tensor]], folder: Path, **choices: Any
 ) -> tuple[Trainer, list[float], dict[str, torch.Tensor]]:
     """The trainer, the loss of every step, and how every parameter moved."""
-    # As from 5.6 on. In 5.5 the Trainer hands the count of tokens on to a forward that ignores it,
-    # and a stock run with accumulation trains on as many times the loss.
+    # As stock says from 5.6 on. In 5.5 the Trainer hands the count of tokens on to a forward that
+    # ignores it, and a stock run with accumulation trains on as many times the loss.
     vars(model).setdefault("accepts_loss_kwargs", False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(
@@ -102,6 +103,8 @@ def test_losses_and_weights_are_those_of_stock(choices: dict[str, Any], tmp_path
 
     patched = build("e2b", torch.float32)
     report = patches.apply(patched)
+    assert patched.accepts_loss_kwargs is True
+    patched.accepts_loss_kwargs = False  # for once the mean of means that stock trains on
     heads = []
     patched.lm_head.register_forward_hook(lambda *_: heads.append(patched.training))
     trainer, losses, moves = train(patched, data, tmp_path, **choices)
@@ -128,27 +131,40 @@ def rows_of_unequal_labels(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return rows
 
 
-def moves_of_one_step(folder: Path, counts_tokens: bool, **split: int) -> dict[str, torch.Tensor]:
+def moves_of_one_step(folder: Path, patched: bool, **split: int) -> dict[str, torch.Tensor]:
     model = build("e2b", torch.float32)
-    patches.apply(model)
-    model.accepts_loss_kwargs = counts_tokens
+    if patched:
+        patches.apply(model)
     data = rows_of_unequal_labels(model)
     _, _, moves = train(model, data, folder, max_steps=1, **split)
     return moves
 
 
-@pytest.mark.parametrize("counts_tokens", [True, False])
-def test_with_the_token_count_a_step_does_not_depend_on_how_it_was_split(
-    counts_tokens: bool, tmp_path: Path
-) -> None:
-    # Gemma 4 says accepts_loss_kwargs=False, so the Trainer keeps the count of a step's tokens to
-    # itself and averages the means of its parts. Told otherwise, it hands the count on.
-    whole = moves_of_one_step(tmp_path, counts_tokens, per_device_train_batch_size=4)
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_patched_step_does_not_depend_on_how_it_was_split(patched: bool, tmp_path: Path) -> None:
+    # Stock Gemma 4 says accepts_loss_kwargs=False, so the Trainer keeps the count of a step's
+    # tokens to itself and averages the means of its parts.
+    whole = moves_of_one_step(tmp_path, patched, per_device_train_batch_size=4)
     parts = moves_of_one_step(
-        tmp_path, counts_tokens, per_device_train_batch_size=1, gradient_accumulation_steps=4
+        tmp_path, patched, per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
     difference, _ = largest_difference(parts, whole)
-    assert difference < WEIGHTS_BOUND if counts_tokens else difference > 0.1
+    assert difference < WEIGHTS_BOUND if patched else difference > 0.1
+
+
+def test_evaluation_by_the_loss_alone_makes_no_logits(tmp_path: Path) -> None:
+    stock = build("e2b", torch.float32)
+    data = texts_and_images(stock)
+    expected, _, _ = train(stock, data, tmp_path, max_steps=1)
+    model = build("e2b", torch.float32)
+    choice = [LinearCrossEntropy(loss_only_evaluation=True), "supervised_positions"]
+    patches.apply(model, choice)
+    trainer, _, _ = train(model, data, tmp_path, max_steps=1, prediction_loss_only=True)
+    heads = []
+    model.lm_head.register_forward_hook(lambda *_: heads.append("used"))
+    found = trainer.evaluate()["eval_loss"]
+    assert found == pytest.approx(expected.evaluate()["eval_loss"], rel=LOSS_BOUND)
+    assert heads == []
 
 
 def test_what_it_saves_loads_into_stock_transformers(tmp_path: Path) -> None:

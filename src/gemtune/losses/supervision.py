@@ -5,6 +5,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+class HostLabels:
+    """The labels of a batch, which stay on the CPU.
+
+    DDP and accelerate move every tensor they find in the inputs of a model to the GPU. A plain
+    object they leave alone, so that the labels can be read without waiting for the GPU.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def keep_supervised(
     labels: Tensor, ignore_index: int, vocab_size: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:

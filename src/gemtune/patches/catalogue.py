@@ -25,6 +25,7 @@ _NAMES = (
     "vision_streaming",
     "ple_offload",
     "linear_cross_entropy",
+    "supervised_positions",
     "relative_position_lookup",
 )
 
