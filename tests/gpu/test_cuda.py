@@ -16,7 +16,10 @@ from gemma4_zoo import (
 from transformers import Gemma4ForConditionalGeneration
 
 from gemtune import patches
+from gemtune.losses import HostLabels
+from gemtune.losses.fused import fused_softmax
 from gemtune.memory import PeakTracker
+from gemtune.patches.supervised_positions import Positions, locate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,3 +97,35 @@ def test_bfloat16_gradients_stay_finite_where_cudnn_attention_gives_nan() -> Non
         model.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_labels_on_the_cpu_spare_the_wait_for_the_positions() -> None:
+    labels = torch.full((2, 64), -100)
+    labels[0, 7], labels[1, 40:60] = 3, 5
+    hidden = torch.randn(2, 64, 32, device="cuda")
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = locate(labels, largest_share=0.9)
+        assert isinstance(found, Positions)
+        rows, queries = found.rows(hidden), found.queries_of(mask)
+        found.causal_mask(64, 16, hidden.device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(rows[1], hidden[1, 40:60])
+    assert queries.shape == (2, 1, 20, 64)
+
+
+def test_host_labels_give_the_loss_of_the_labels() -> None:
+    model = build("e2b", torch.float32).cuda()
+    inputs = batch(model)
+    host_labels = HostLabels(inputs["labels"])
+    patches.apply(model)
+    expected = model(**on_gpu(inputs), use_cache=False).loss
+    found = model(**on_gpu(inputs), host_labels=host_labels, use_cache=False).loss
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_the_kernels_of_the_loss_compile_where_triton_is() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert fused_softmax("cuda") is not None

@@ -116,8 +116,7 @@ class SupervisedPositions:
         changes = [Wrap(layer, "forward", _layer_at_positions, site) for site, layer in shared]
         return Plan(
             APPLIED,
-            f"{len(shared)} of {len(layers)} layers run at supervised positions; generation and "
-            "calls for more than the loss run in full",
+            f"{len(shared)} of {len(layers)} layers run where a label is; generation runs in full",
             (Wrap(model, "forward", forward, type(model).__name__), *changes),
         )
 

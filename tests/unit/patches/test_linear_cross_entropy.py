@@ -157,9 +157,8 @@ def test_lora_on_the_head_is_learned(choice, state) -> None:
 def test_a_head_trained_as_a_whole_is_read(model) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     inputs = batch(model)
-    config = peft.LoraConfig(
-        r=2, target_modules=r".*language_model\.layers\.0\.mlp\.up_proj", modules_to_save=["lm_head"]
-    )
+    targets = r".*language_model\.layers\.0\.mlp\.up_proj"
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])
     adapted = cast(peft.get_peft_model(model, config), torch.float64)
     (copied,) = [p for n, p in adapted.named_parameters() if "lm_head.modules_to_save" in n]
     before = adapted(**inputs, use_cache=False).loss
