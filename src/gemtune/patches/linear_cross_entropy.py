@@ -153,7 +153,9 @@ def labels_of_each_position(
         and isinstance(attention_mask, torch.Tensor)
         and attention_mask.dim() == 2
     ):
-        shift_mask = F.pad(attention_mask[:, 1:], (0, 1), value=0).bool()
+        # Behind a filled cache the mask is longer: it has the keys before as well.
+        mask = attention_mask[:, -labels.shape[1] :]
+        shift_mask = F.pad(mask[:, 1:], (0, 1), value=0).bool()
         shift_labels = shift_labels.masked_fill(~shift_mask.to(labels.device), IGNORE_INDEX)
     return shift_labels
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from gemma4_zoo import (
     SHARING_FAMILIES,
     build,
+    cast,
     config_of,
     exact_float64,
     loss_and_gradients,
@@ -74,7 +75,7 @@ def test_experts_run_at_these_positions_too() -> None:
         setattr(text, name, getattr(config.text_config, name))
     text._experts_implementation = "eager"
     torch.manual_seed(0)
-    model = type(model)(model.config).double().train()
+    model = cast(type(model)(model.config), torch.float64).train()
     inputs = CASES["unequal counts"](model)
     with exact_float64():
         expected_loss, expected = loss_and_gradients(model, inputs, reference=True)
@@ -92,7 +93,7 @@ def test_the_text_model_alone() -> None:
     from transformers import Gemma4ForCausalLM
 
     torch.manual_seed(0)
-    model = Gemma4ForCausalLM(build("e2b").config.text_config).double().train()
+    model = cast(Gemma4ForCausalLM(build("e2b").config.text_config), torch.float64).train()
     inputs = CASES["unequal counts"](build("e2b"))
     del inputs["mm_token_type_ids"]
     with exact_float64():
