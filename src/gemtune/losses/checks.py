@@ -9,16 +9,23 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+ROWS_OF_ONE_RANK = (
+    "only plain tensors are allowed, with the rows of this rank: the weight alone may be sharded. "
+    "Pass to_local() of a tensor that is sharded over rows, full_tensor() of any other."
+)
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Asked without importing torch.distributed.tensor, which takes half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
 def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: received {type(tensor).__name__}; pass a torch.Tensor.")
-        if hasattr(tensor, "device_mesh"):
-            raise TypeError(
-                f"{name}: received a DTensor; only plain tensors are allowed. Call inside the "
-                "forward of the FSDP unit that owns it, or pass the gathered tensor "
-                "(full_tensor with grad_placements, or the gradient of other ranks is lost)."
-            )
+        if is_dtensor(tensor) and name != "weight":
+            raise TypeError(f"{name}: received a DTensor; {ROWS_OF_ONE_RANK}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(
@@ -63,6 +70,8 @@ def check_low_rank(hidden: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tenso
             f"and weight {list(weight.shape)}; allowed are [..., R] with the leading dimensions of "
             "hidden, and [V, R]."
         )
+    if is_dtensor(rows):
+        raise TypeError(f"low_rank[0]: received a DTensor; {ROWS_OF_ONE_RANK}")
     for name, tensor in (("low_rank[0]", rows), ("low_rank[1]", low_weight)):
         if tensor.device != hidden.device or not tensor.is_floating_point():
             raise ValueError(

@@ -20,6 +20,20 @@ def products_of(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list
     return [Product(*pair) for pair in pairs if pair[0] is not None]
 
 
+def take_gradients(ctx) -> list[Tensor | None]:
+    """Release the gradients that forward left; RuntimeError for all but one plain backward."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "linear_cross_entropy: second backward through one loss; its gradients are released at "
+            "the first, to free their memory. Call linear_cross_entropy again, add losses before "
+            "backward, or use reduction='none' with retain_graph=True."
+        )
+    gradients, ctx.gradients = ctx.gradients, None
+    return gradients
+
+
 class ReducedLoss(torch.autograd.Function):
     """scale * sum of losses; gradients are made in forward and given away in backward."""
 
@@ -42,15 +56,7 @@ class ReducedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_cross_entropy: second backward through one loss; its gradients are "
-                "released at the first, to free their memory. Call linear_cross_entropy again, "
-                "add losses before backward, or use reduction='none' with retain_graph=True."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients = take_gradients(ctx)
         factor = grad_loss if ctx.late_scale is None else grad_loss * ctx.late_scale
         # Only the CPU can read the factor without waiting; elsewhere the multiplication is cheaper.
         if factor.device.type == "cpu" and has_values(factor) and factor.item() == 1.0:

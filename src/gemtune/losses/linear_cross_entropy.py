@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemtune.losses import traced
-from gemtune.losses.checks import check_low_rank, check_options, check_tensors
+from gemtune.losses.checks import check_low_rank, check_options, check_tensors, is_dtensor
 from gemtune.losses.functions import PerTokenLoss, ReducedLoss
 from gemtune.losses.supervision import has_values, keep_supervised
 from gemtune.losses.tiles import MIB, Settings, accumulator_dtype
@@ -64,8 +64,17 @@ def linear_cross_entropy(
     wait for it; labels that are on the CPU already spare it.
     Under torch.compile it is one operator of fixed shapes (`gemtune.losses.traced`). On fake
     tensors, whose labels nobody can read, all rows count as supervised: the largest memory.
+    Sharded: a weight that is a DTensor placed as FSDP2 does ([Shard(0)], [Replicate(), Shard(0)] or
+    [Replicate()]) gets the gradient of each rank's loss, averaged over the mesh as FSDP2 averages.
+    All its ranks must call; loss and metrics are of a rank's own labels. It is gathered, or, where
+    ranks * (most supervised labels of a rank) < V, stays where it is, and each rank scores the rows
+    of all with its slice (`gemtune.losses.sharded`). This holds the rows of all ranks and their
+    gradients, waits for an accelerator once more in forward and once in backward, and makes 2
+    matmuls more where ranks multiply their losses by different factors. reduction="none" and
+    `low_rank` always gather.
     Refused: shapes, dtypes or devices that do not fit, labels outside [0, V) other than
-    ignore_index, DTensors, a second backward with "mean" and "sum", double differentiation.
+    ignore_index, DTensors placed otherwise, given as rows or labels, or under torch.compile, a
+    second backward with "mean" and "sum", double differentiation.
 
     Sources: Liger-Kernel#1203 (float32 head gradient), TRL, Cut Cross-Entropy (arXiv:2411.09009).
     """
@@ -87,7 +96,16 @@ def linear_cross_entropy(
     scale = reduction_scale(reduction, num_items, targets, accumulator_dtype(matmul_dtype))
     rows = supervised_rows(hidden, kept)
     low_rows = None if low_rows is None else supervised_rows(low_rows, kept)
-    if reduction == "none":
+    peers = None
+    if is_dtensor(weight) or is_dtensor(low_weight):
+        from gemtune.losses import sharded, slices  # half a second: torch.distributed.tensor
+
+        weight, low_weight, peers = sharded.localize(
+            weight, low_weight, rows, scale, settings, per_token=reduction == "none"
+        )
+    if peers is not None:
+        loss, *sums = slices.SlicedLoss.apply(rows, weight, targets, scale, settings, peers)
+    elif reduction == "none":
         losses, *sums = PerTokenLoss.apply(rows, weight, low_rows, low_weight, targets, settings)
         if kept is not None:
             losses = losses.new_zeros(labels.numel()).index_copy(0, kept, losses)

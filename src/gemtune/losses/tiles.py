@@ -58,6 +58,38 @@ class Scores(NamedTuple):
     gradients: list[Tensor | None]
 
 
+class Sliced(NamedTuple):
+    """How `score` works on one rank's slice of the vocabulary, in step with the other ranks.
+
+    `softmax` stands in for softmax_chunk. Chunks are planned for `widest` columns, the largest
+    slice of all, so that every rank has as many. Losses and metrics are kept of the rows `own`.
+    """
+
+    softmax: Callable[..., None]
+    widest: int
+    own: slice
+
+
+class RowSums(NamedTuple):
+    """What the columns of a row add up to, [T, 1] each: enough for its loss and metrics.
+
+    Logits are in units of the cap. None where the settings do not ask for it.
+    """
+
+    total: Tensor  # of the exponentials
+    target: Tensor  # the logit of the target
+    logits: Tensor | None  # for smoothing
+    expected: Tensor | None  # of exponential times logit, for the entropy
+
+
+class GradientWeights(NamedTuple):
+    """What the gradient of a row's logits is made of, [T, 1] each."""
+
+    row: Tensor  # times each exponential
+    hit: Tensor  # less this at the target
+    spread: Tensor  # less this everywhere: label smoothing
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Logits, losses and gradient sums are kept in float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -121,7 +153,11 @@ def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, chunk_bytes: i
 
 
 def score(
-    products: Sequence[Product], targets_N: Tensor, row_scale: Tensor, settings: Settings
+    products: Sequence[Product],
+    targets_N: Tensor,
+    row_scale: Tensor,
+    settings: Settings,
+    sliced: Sliced | None = None,
 ) -> Scores:
     """Return losses, and the gradients of sum(row_scale * losses) that the products need.
 
@@ -136,12 +172,14 @@ def score(
     has_mm, _ = mixed_matmul_support(device_type, settings.matmul_dtype)
     narrow = settings.matmul_dtype if has_mm or settings.matmul_dtype == wide else wide
     new = functools.partial(torch.empty, device=head.rows_NH.device, dtype=wide)
-    softmax = fused_softmax(device_type)
+    fused = None if sliced else fused_softmax(device_type)
+    softmax = sliced.softmax if sliced else fused or softmax_chunk
     # Fused, the gradient of the logits has a buffer of its own: kernels write out of order.
-    itemsize = wide.itemsize + (narrow.itemsize if softmax else 0)
-    chunk = rows_per_chunk(num_rows, vocab_size, itemsize, settings.chunk_bytes)
+    itemsize = wide.itemsize + (narrow.itemsize if fused else 0)
+    widest = sliced.widest if sliced else vocab_size
+    chunk = rows_per_chunk(num_rows, widest, itemsize, settings.chunk_bytes)
     buffer_RV = new(chunk if num_rows else 0, vocab_size)
-    if softmax:
+    if fused:
         grad_RV = torch.empty_like(buffer_RV, dtype=narrow)
     else:
         # The gradient of the logits goes back where the logits were; rounded to half precision it
@@ -158,9 +196,7 @@ def score(
         parts = [p.rows_NH[at].to(settings.matmul_dtype).to(narrow) for p in products]
         fill_logits(logits_RV, parts, products, settings, narrow)
         scale_R = row_scale_N[at] if needed else None
-        (softmax or softmax_chunk)(
-            logits_RV, grad_logits_RV, targets_N[at], scale_R, records[:, at], settings
-        )
+        softmax(logits_RV, grad_logits_RV, targets_N[at], scale_R, records[:, at], settings)
         for i, (rows_RH, p) in enumerate(zip(parts, products, strict=True)):
             grad_rows_NH, grad_weight_VH = gradients[2 * i : 2 * i + 2]
             if grad_rows_NH is not None:
@@ -169,16 +205,20 @@ def score(
                     multiply_into(grad_rows_NH[at], grad_logits_RV[:, columns], weight, keep=keep)
             if grad_weight_VH is not None:
                 multiply_into(grad_weight_VH, grad_logits_RV.t(), rows_RH, keep=start > 0)
+    if sliced:
+        records = records[:, sliced.own]
     return Scores(records[0], metric_sums(records), gradients)
 
 
 def new_gradients(product: Product, new: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-    """Memory for the gradients of the product's rows and weight; zeros where no row writes it."""
-    num_rows = len(product.rows_NH)
+    """Memory for the gradients of the product's rows and weight; zeros where nothing writes it."""
+    num_rows, vocab_size = len(product.rows_NH), len(product.weight_VH)
     grad_rows = new(product.rows_NH.shape) if product.needs_rows else None
     grad_weight = new(product.weight_VH.shape) if product.needs_weight else None
     if grad_weight is not None and not num_rows:
         grad_weight.zero_()
+    if grad_rows is not None and not vocab_size:
+        grad_rows.zero_()
     return grad_rows, grad_weight
 
 
@@ -206,19 +246,26 @@ def metric_sums(records: Tensor) -> tuple[Tensor, ...]:
 
 def softmax_chunk(logits_RV, grad_RV, targets_R, scale_R, records, settings: Settings) -> None:
     """Run softmax_tile over a chunk, a few rows at a time, all with the same scratch memory."""
-    num_rows, vocab_size = logits_RV.shape
-    tile_bytes = CPU_TILE_BYTES if logits_RV.device.type == "cpu" else ACCELERATOR_TILE_BYTES
-    step = min(num_rows, max(1, tile_bytes // (vocab_size * logits_RV.element_size())))
-    scratch_TV = torch.empty_like(logits_RV[:step])
-    for start in range(0, num_rows, step):
-        at = slice(start, min(start + step, num_rows))
+    vocab_size = logits_RV.shape[1]
+    tiles = tile_slices(logits_RV)
+    scratch_TV = torch.empty_like(logits_RV[tiles[0]])
+    for at in tiles:
         logits_TV, exps_TV = logits_RV[at], scratch_TV[: at.stop - at.start]
         targets_T1 = targets_R[at].unsqueeze(1)
         lse_T1, total_T1 = softmax_tile(logits_TV, exps_TV, targets_T1, records[:, at], settings)
         if scale_R is not None:
-            scale_T1 = scale_R[at].unsqueeze(1)
-            row_T1 = scale_T1 * (1 + 2 * settings.z_loss_weight * lse_T1) / total_T1
-            gradient_tile(logits_TV, exps_TV, grad_RV[at], targets_T1, scale_T1, row_T1, settings)
+            weights = gradient_weights(
+                scale_R[at].unsqueeze(1), lse_T1, total_T1, vocab_size, settings
+            )
+            gradient_tile(logits_TV, exps_TV, grad_RV[at], targets_T1, weights, settings)
+
+
+def tile_slices(logits_RV: Tensor) -> list[slice]:
+    """Cut the rows of a chunk into tiles, the first one the largest."""
+    num_rows, vocab_size = logits_RV.shape
+    tile_bytes = CPU_TILE_BYTES if logits_RV.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+    step = max(1, tile_bytes // (max(1, vocab_size) * logits_RV.element_size()))
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def softmax_tile(
@@ -229,37 +276,92 @@ def softmax_tile(
     `logits_TV` arrives divided by the cap and leaves as tanh of that; `exps_TV` is filled with the
     exponentials of the logits, shifted by their maximum where they are not bounded.
     """
-    cap = settings.softcap or 1.0
+    vocab_size = logits_TV.shape[1]
+    cap_tile(logits_TV, settings)
+    bounded = is_bounded(vocab_size, settings)
+    shift_T1 = None if bounded else logits_TV.amax(1, keepdim=True)
+    exponentiate_tile(logits_TV, exps_TV, shift_T1, settings)
+    sums = sum_columns(logits_TV, exps_TV, targets_T1, settings)
+    lse_T1 = record_rows(sums, shift_T1, vocab_size, records, settings)
+    if settings.metrics:
+        records[1] = logits_TV.argmax(1).eq(targets_T1.squeeze(1))
+    return lse_T1, sums.total
+
+
+def is_bounded(vocab_size: int, settings: Settings) -> bool:
+    """Whether exponentials can be added without a shift by the largest logit.
+
+    V * exp(cap) must stay below the float32 maximum, exp(88.7). For the 262,144 words of Gemma this
+    skips the pass over the tile for caps up to 75.
+    """
+    return settings.softcap is not None and settings.softcap + math.log(vocab_size) < 88.0
+
+
+def cap_tile(logits_TV: Tensor, settings: Settings) -> None:
+    """From logits divided by the cap to capped logits in units of the cap."""
     if settings.softcap is not None:
         logits_TV.tanh_()
-    # V * exp(cap) must stay below the float32 maximum, exp(88.7). For the 262,144 words of Gemma
-    # this skips the pass over the tile for caps up to 75.
-    if settings.softcap is not None and cap + math.log(logits_TV.shape[1]) < 88.0:
-        shift_T1 = 0.0
-        torch.mul(logits_TV, cap, out=exps_TV).exp_()
+
+
+def exponentiate_tile(
+    logits_TV: Tensor, exps_TV: Tensor, shift_T1: Tensor | None, settings: Settings
+) -> None:
+    """Fill `exps_TV` with the exponentials of the logits less `shift_T1` (in units of the cap)."""
+    cap = settings.softcap or 1.0
+    if shift_T1 is None:
+        torch.mul(logits_TV, cap, out=exps_TV)
     else:
-        shift_T1 = logits_TV.amax(1, keepdim=True)
         torch.sub(logits_TV, shift_T1, out=exps_TV)
         if cap != 1.0:
             exps_TV.mul_(cap)
-            shift_T1 = shift_T1 * cap
-        exps_TV.exp_()
-    total_T1 = exps_TV.sum(1, keepdim=True)
-    lse_T1 = total_T1.log() + shift_T1
-    target_T1 = logits_TV.gather(1, targets_T1) * cap
+    exps_TV.exp_()
+
+
+def sum_columns(
+    logits_TV: Tensor, exps_TV: Tensor, targets_T1: Tensor, settings: Settings
+) -> RowSums:
+    """Add up the columns of a tile."""
+    smoothing, metrics = settings.label_smoothing, settings.metrics
+    return RowSums(
+        exps_TV.sum(1, keepdim=True),
+        logits_TV.gather(1, targets_T1),
+        logits_TV.sum(1, keepdim=True) if smoothing else None,
+        (exps_TV * logits_TV).sum(1, keepdim=True) if metrics else None,
+    )
+
+
+def record_rows(
+    sums: RowSums, shift_T1: Tensor | None, vocab_size: int, records: Tensor, settings: Settings
+) -> Tensor:
+    """Record losses and metrics except for `correct`; return log-sum-exp."""
+    cap = settings.softcap or 1.0
+    lse_T1 = sums.total.log()
+    if shift_T1 is not None:
+        lse_T1 += shift_T1 * cap
+    target_T1 = sums.target * cap
     loss_T1 = lse_T1 - target_T1
     if settings.label_smoothing:
-        mean_T1 = logits_TV.mean(1, keepdim=True) * cap
+        mean_T1 = sums.logits / vocab_size * cap
         loss_T1 += settings.label_smoothing * (target_T1 - mean_T1)
     if settings.z_loss_weight:
         loss_T1 += settings.z_loss_weight * lse_T1.square()
     records[0] = loss_T1.squeeze(1)
     if settings.metrics:
-        expected_T1 = (exps_TV * logits_TV).sum(1, keepdim=True) * cap / total_T1
-        records[1] = logits_TV.argmax(1).eq(targets_T1.squeeze(1))
+        expected_T1 = sums.expected * cap / sums.total
         records[2] = (lse_T1 - expected_T1).squeeze(1)
         records[3] = lse_T1.squeeze(1)
-    return lse_T1, total_T1
+    return lse_T1
+
+
+def gradient_weights(
+    scale_T1: Tensor, lse_T1: Tensor, total_T1: Tensor, vocab_size: int, settings: Settings
+) -> GradientWeights:
+    """What the gradient of scale * loss is made of."""
+    return GradientWeights(
+        scale_T1 * (1 + 2 * settings.z_loss_weight * lse_T1) / total_T1,
+        scale_T1 * (1 - settings.label_smoothing),
+        scale_T1 * (settings.label_smoothing / vocab_size),
+    )
 
 
 def gradient_tile(
@@ -267,18 +369,13 @@ def gradient_tile(
     exps_TV: Tensor,
     grad_TV: Tensor,
     targets_T1: Tensor,
-    scale_T1: Tensor,
-    row_T1: Tensor,
+    weights: GradientWeights,
     settings: Settings,
 ) -> None:
-    """Write the gradient of the logits before the cap over the logits: 1 - tanh^2 for each column.
-
-    `row_T1` is what one exponential weighs: scale * (1 + 2 z lse) / total.
-    """
+    """Write the gradient of the logits before the cap over them: 1 - tanh^2 for each column."""
+    row_T1, hit_T1, spread_T1 = weights
     in_place = grad_TV.dtype == logits_TV.dtype
     wide_TV = logits_TV if in_place else exps_TV
-    hit_T1 = scale_T1 * (1 - settings.label_smoothing)
-    spread_T1 = scale_T1 * (settings.label_smoothing / logits_TV.shape[1])
     if settings.softcap is None:
         torch.mul(exps_TV, row_T1, out=wide_TV)
         if settings.label_smoothing:

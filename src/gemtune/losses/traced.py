@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from gemtune.losses.checks import is_dtensor
 from gemtune.losses.functions import NO_SECOND_DERIVATIVE, products_of
 from gemtune.losses.supervision import keep_supervised
 from gemtune.losses.tiles import Settings, accumulator_dtype, score
@@ -36,6 +37,12 @@ def loss(
 
     `tensors` are hidden [..., H], weight [V, H] and a LoRA on the head (None, None without).
     """
+    if any(is_dtensor(tensor) for tensor in tensors):
+        raise TypeError(
+            "weight: received a DTensor under torch.compile; only plain tensors are allowed there. "
+            "Leave the loss out with torch.compiler.disable, or call it in the forward of the FSDP "
+            "unit that owns the weight."
+        )
     hidden, weight, low_rows, low_weight = tensors
     rows = hidden.reshape(-1, hidden.shape[-1])
     low_rows = None if low_rows is None else low_rows.reshape(-1, low_rows.shape[-1])

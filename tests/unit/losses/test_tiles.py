@@ -177,14 +177,17 @@ def test_refusals_come_before_any_matmul(case):
     assert recorder.num_matmuls == 0
 
 
-def test_dtensor_is_refused():
+@pytest.mark.parametrize("name", ["hidden", "labels"])
+def test_dtensor_is_refused_but_for_the_weight(name):
+    """A sharded weight is allowed: see tests/distributed/test_sharded_loss.py."""
+
     class Sharded(torch.Tensor):
         device_mesh = None
 
-    hidden, weight, labels = problem()
-    sharded = weight.detach().as_subclass(Sharded)
-    with pytest.raises(TypeError, match=r"weight.*DTensor.*FSDP"):
-        linear_cross_entropy(hidden, sharded, labels)
+    arguments = dict(zip(("hidden", "weight", "labels"), problem(), strict=True))
+    arguments[name] = arguments[name].detach().as_subclass(Sharded)
+    with pytest.raises(TypeError, match=rf"{name}: received a DTensor.*to_local"):
+        linear_cross_entropy(**arguments)
 
 
 def test_mismatched_float64_is_refused_under_autocast_too():
