@@ -40,6 +40,12 @@ def loss_gemtune(case: Case) -> Tensor:
     return linear_cross_entropy(case.hidden, case.weight, case.labels, softcap=case.softcap)
 
 
+def loss_gemtune_metrics(case: Case) -> Tensor:
+    options = {"softcap": case.softcap, "metrics": True}
+    loss, _ = linear_cross_entropy(case.hidden, case.weight, case.labels, **options)
+    return loss
+
+
 def loss_gemtune_no_cap(case: Case) -> Tensor:
     return linear_cross_entropy(case.hidden, case.weight, case.labels)
 
@@ -75,7 +81,7 @@ class HeadOnly:
         return self.head
 
     def forward(self, **_: Any) -> Any:
-        raise NotImplementedError("TRL's fused forward takes its place")
+        raise AssertionError("TRL's fused forward takes its place")
 
 
 def loss_trl(case: Case) -> Tensor:
@@ -108,6 +114,10 @@ def loss_torch_512_no_cap(case: Case) -> Tensor:
 # gemtune comes before those that are compared with it.
 CONTESTANTS: dict[str, tuple[Callable[[Case], Tensor], str]] = {
     "gemtune": (loss_gemtune, "gemtune.losses.linear_cross_entropy"),
+    "gemtune_metrics": (
+        loss_gemtune_metrics,
+        "the same with token accuracy, entropy and log-sum-exp, as a training step has it",
+    ),
     "trl": (
         loss_trl,
         "TRL's fused LM head (trl.trainer.utils.add_fused_lm_head), asked for the loss alone; "
