@@ -385,8 +385,8 @@ def gradient_tile(
         exps_TV.mul_(row_T1)
         if settings.label_smoothing:
             exps_TV.sub_(spread_T1)
-        logits_TV.mul_(logits_TV)
-        torch.addcmul(exps_TV, exps_TV, logits_TV, value=-1, out=wide_TV)
+        # exps * (1 - logits^2) in one pass.
+        torch.ops.aten.tanh_backward.grad_input(exps_TV, logits_TV, grad_input=wide_TV)
     wide_TV.scatter_(1, targets_T1, wide_TV.gather(1, targets_T1) - hit_T1)
     if not in_place:
         grad_TV.copy_(wide_TV)
