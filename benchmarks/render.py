@@ -320,7 +320,6 @@ TABLES = {
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_cuda": linear_cross_entropy,
     "supervised_positions": supervised_positions,
-    "supervised_positions_lora": supervised_positions,
     "supervised_positions_cuda": supervised_positions,
     "vision_position_lookup": vision_position_lookup,
     "relative_position_lookup": relative_position_lookup,
