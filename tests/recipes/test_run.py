@@ -31,8 +31,11 @@ def test_every_step_is_one_object_in_metrics(finished_run: RunFolder) -> None:
 
 def test_evaluation_is_recorded_before_and_after(finished_run: RunFolder) -> None:
     first, *between, last = finished_run.metrics()
-    assert set(first) == {"step", "eval/loss"}
+    assert set(first) == {"step", "eval/loss", "eval/token_accuracy"}
     assert not any("eval/loss" in m for m in between)
+    for metrics in (*between, last):
+        assert 0 <= metrics["train/token_accuracy"] <= 1
+        assert metrics["train/entropy"] > 0
     assert last["eval/loss"] < first["eval/loss"]
     assert 0 <= last["eval/exact_match"] <= 1
 
