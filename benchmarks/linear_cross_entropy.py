@@ -34,8 +34,10 @@ from lm_head_contestants import (
 from measure import (
     MIB,
     add_arguments,
+    add_device_arguments,
     begin,
     finish,
+    parse_for_device,
     peak_in_new_process,
     peak_on_cuda_mib,
     print_peak,
@@ -199,21 +201,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--softcap", type=float, default=30.0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_device_arguments(parser)
     add_arguments(parser, CONTESTANTS, repetitions=7)
     parser.add_argument("--ignored", type=int, nargs="+", default=IGNORED_PERCENT, metavar="%")
     parser.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory too"
     )
-    parser.add_argument("--output", help="the JSON file without .json, from benchmarks/results")
     parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: received cuda, but torch sees no CUDA device here; use cpu")
-    if options.output is None:
-        options.output = "linear_cross_entropy" + ("_cuda" if options.device == "cuda" else "")
-    return options
+    return parse_for_device(parser, "linear_cross_entropy")
 
 
 def main() -> None:

@@ -33,6 +33,23 @@ def add_arguments(
     parser.add_argument("--peak-of", choices=list(contestants), help=argparse.SUPPRESS)
 
 
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a comparison takes that runs on a GPU as well."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--output", help="the JSON file without .json, from benchmarks/results")
+
+
+def parse_for_device(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """The options; results are called `name`, and on a GPU `name`_cuda."""
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: received cuda, but torch sees no CUDA device here; use cpu")
+    if options.output is None:
+        options.output = name + ("_cuda" if options.device == "cuda" else "")
+    return options
+
+
 def begin(
     script: str, options: argparse.Namespace, sizes: Sequence[str], contestants: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -19,8 +19,10 @@ import torch
 from environment import write_result
 from measure import (
     add_arguments,
+    add_device_arguments,
     begin,
     finish,
+    parse_for_device,
     peak_in_new_process,
     peak_on_cuda_mib,
     print_peak,
@@ -153,21 +155,14 @@ def print_case(case: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="e2b_quarter")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_device_arguments(parser)
     parser.add_argument("--training", choices=("full", "lora"), default="full")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each layer")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--text-tokens", type=int, default=512, help="of each row")
     parser.add_argument("--percents", type=int, nargs="+", default=PERCENTS, metavar="%")
-    parser.add_argument("--output", help="the JSON file without .json, from benchmarks/results")
     add_arguments(parser, CONTESTANTS, repetitions=3)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: received cuda, but torch sees no CUDA device here; use cpu")
-    if options.output is None:
-        options.output = "supervised_positions" + ("_cuda" if options.device == "cuda" else "")
-    return options
+    return parse_for_device(parser, "supervised_positions")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ eager code keeps that of the supervised ones.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gemtune.losses.checks import is_dtensor
@@ -101,7 +101,7 @@ def _metric_sums(sums: Sequence[Tensor], device: torch.device, wide: torch.dtype
     return [torch.empty((), device=device, dtype=dtype or wide) for dtype in _METRIC_DTYPES]
 
 
-@torch.library.custom_op("gemtune::linear_cross_entropy", mutates_args=())
+@library.custom_op("gemtune::linear_cross_entropy", mutates_args=())
 def _reduced(
     rows: Tensor,
     weight: Tensor,
@@ -178,7 +178,7 @@ def _give_gradients(ctx, grad_loss, *_):
 _reduced.register_autograd(_give_gradients, setup_context=_keep_gradients)
 
 
-@torch.library.custom_op("gemtune::linear_cross_entropy_per_token", mutates_args=())
+@library.custom_op("gemtune::linear_cross_entropy_per_token", mutates_args=())
 def _per_token(
     rows: Tensor,
     weight: Tensor,
@@ -214,7 +214,7 @@ def _(rows, weight, low_rows, low_weight, labels, ignore_index, *settings):
     )
 
 
-@torch.library.custom_op("gemtune::linear_cross_entropy_per_token_backward", mutates_args=())
+@library.custom_op("gemtune::linear_cross_entropy_per_token_backward", mutates_args=())
 def _per_token_backward(
     grad_losses: Tensor,
     rows: Tensor,

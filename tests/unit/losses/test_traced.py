@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from lm_head import IGNORE, assert_close, gradients, problem, relative_error
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,7 @@ def test_torch_library_accepts_the_operators(reduction):
         arguments = (hidden, weight, None, None, labels, None, True, needs, IGNORE, *settings)
         operator = torch.ops.gemtune.linear_cross_entropy.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operator, arguments, test_utils=checks)
+    library.opcheck(operator, arguments, test_utils=checks)
 
 
 def test_a_compiled_model_has_one_graph_and_the_same_gradients():
