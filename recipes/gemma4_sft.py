@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 from gemtune import adapters, patches
-from gemtune.checkpoint import TrainState, export_model, restore, save
+from gemtune.checkpoint import (
+    CheckpointFolder,
+    CheckpointWriter,
+    Ranks,
+    TrainState,
+    base_identity,
+    export_model,
+    first_undamaged,
+    restore,
+    software,
+)
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.data import Batch, BatchStream, ChatDataset, prepare
@@ -30,7 +40,7 @@ from gemtune.pages import closing_page, first_loss_lines, start_page
 from gemtune.patches.host_memory import host_parameters
 from gemtune.patches.ple_offload import prefetch
 from gemtune.reporting import Reporter
-from gemtune.run_folder import MODEL_FOLDER, open_folder, resume_point
+from gemtune.run_folder import MODEL_FOLDER, FolderLock, claim, open_folder, resume_points
 from gemtune.runtime import Runtime, start
 from gemtune.tracking import new_run_id
 
@@ -49,21 +59,45 @@ class Stages:
     report: patches.PatchReport
     model: nn.Module
     """`base`, or an adapter around it."""
+    identity: dict[str, str] | None
+    """Of what is frozen in it."""
     optimizer: torch.optim.Optimizer
     num_steps: int
 
 
 def run(config: RunConfig) -> int:
     """Train to the end, or until Ctrl-C; returns the exit status."""
-    point = resume_point(config)  # before anything slow: the folder may be another run's
+    points = resume_points(config)  # before anything slow: the folder may be another run's
     runtime = start(config.run, config.parallel)
     config.loop.check_world_size(runtime.world_size)
     screen = Screen(runtime.is_main)
     runtime.stop.install(screen.say)
-    screen.say(f"reading {config.model.path} and checking {config.data.path}")
+    ranks = Ranks.meet(config.parallel.timeout_seconds)
+    lock = FolderLock(config.run.folder)
+    try:
+        point = None
+        if points:  # a damaged one would be renamed
+            ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
+            point = first_undamaged(ranks, points, checkpoint_folder(config), screen.say)
+        screen.say(f"reading {config.model.path} and checking {config.data.path}")
+        stages = build(config, screen)
+        # Not before: a mistake in data or model leaves no trace on the disk.
+        ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
+        return train_from(point, config, runtime, ranks, stages, screen)
+    finally:
+        lock.release()
 
-    stages = build(config, screen)
-    session, reporter = open_session(config, runtime, stages, point, screen)
+
+def train_from(
+    point: Path | None,
+    config: RunConfig,
+    runtime: Runtime,
+    ranks: Ranks,
+    stages: Stages,
+    screen: Screen,
+) -> int:
+    """The stages from distribution to the finished model; returns the exit status."""
+    session, reporter, writer = open_session(config, runtime, ranks, stages, point, screen)
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
     rejected = stages.train_rows.rejected + stages.eval_rows.rejected
     screen.lines(f"left out: {row}" for row in rejected)
@@ -77,7 +111,7 @@ def run(config: RunConfig) -> int:
     else:
         first = evaluate(session)
         session.state.first_eval_loss = first.get("eval/loss")
-        reporter.evaluation(first)
+        reporter.figures(first)
         screen.lines(first_loss_lines(config, session.state.first_eval_loss))
 
     with screen.training(session.state.step, session.num_steps):
@@ -87,6 +121,7 @@ def run(config: RunConfig) -> int:
             config.loop,
             config.checkpoint.every_steps,
         )
+        writer.settle()
     if finished:
         conclude(config, stages, session, reporter, screen)
     else:
@@ -97,6 +132,10 @@ def run(config: RunConfig) -> int:
         )
     reporter.finish()
     return EXIT_DONE if finished else EXIT_INTERRUPTED
+
+
+def checkpoint_folder(config: RunConfig) -> CheckpointFolder:
+    return CheckpointFolder(config.run.folder / "checkpoints")
 
 
 def is_finished(runtime: Runtime, session: Session) -> bool:
@@ -119,13 +158,21 @@ def build(config: RunConfig, screen: Screen) -> Stages:
     base = load_model(config.model, processing, config.run.seed)
     report = patches.apply(base, config.patches)
     model = adapters.attach(base, config.adapter)
+    identity = base_identity(model)
     optimizer = config.optim.build(model)
-    return Stages(processing, train_rows, eval_rows, base, report, model, optimizer, num_steps)
+    return Stages(
+        processing, train_rows, eval_rows, base, report, model, identity, optimizer, num_steps
+    )
 
 
 def open_session(
-    config: RunConfig, runtime: Runtime, stages: Stages, point: Path | None, screen: Screen
-) -> tuple[Session, Reporter]:
+    config: RunConfig,
+    runtime: Runtime,
+    ranks: Ranks,
+    stages: Stages,
+    point: Path | None,
+    screen: Screen,
+) -> tuple[Session, Reporter, CheckpointWriter]:
     """Distribute -> restore -> open the run folder, its metrics and the dashboard."""
     # A batch of text alone gives the vision tower no gradient; nothing here feeds the audio tower.
     trained = trained_modalities(stages.model)
@@ -136,12 +183,8 @@ def open_session(
         on_host=host_parameters(stages.model),
     )
     runtime.seed_training(config.run.seed)
-    state = TrainState(run_id=new_run_id())
-    if point is not None:
-        state = restore(runtime, point, model, stages.optimizer)
-    if runtime.is_main:
-        open_folder(config, point)
-    runtime.wait_for_everyone()
+    state, writer = restore_from(point, config, runtime, ranks, stages, runtime.unwrap(model))
+    ranks.all_or_none(lambda: open_folder(config, point) if runtime.is_main else None)
     reporter = Reporter(runtime, config, state, screen)
 
     forward_options: dict[str, bool] = {"use_cache": False}
@@ -161,9 +204,8 @@ def open_session(
         num_steps=stages.num_steps,
         log=reporter.training,
         evaluation_batches=lambda: evaluation_batches(config, runtime, stages.eval_rows),
-        save=lambda: save(
-            runtime, model, stages.optimizer, state, config.as_dict(), config.checkpoint
-        ),
+        save=lambda: reporter.figures(writer.save()),
+        save_failed=lambda: writer.has_failed,
     )
 
     def look_ahead(batch: Batch) -> dict[str, Any]:
@@ -173,7 +215,39 @@ def open_session(
         return {"host_labels": HostLabels(batch.labels)} if loss_alone else {}
 
     session.look_ahead = look_ahead
-    return session, reporter
+    return session, reporter, writer
+
+
+def restore_from(
+    point: Path | None,
+    config: RunConfig,
+    runtime: Runtime,
+    ranks: Ranks,
+    stages: Stages,
+    model: nn.Module,
+) -> tuple[TrainState, CheckpointWriter]:
+    """Counters, parameters and optimizer as they were at `point`; and what writes the next one."""
+    optimizer = stages.optimizer
+    state = TrainState(run_id=new_run_id())
+    if point is not None:
+        run_dir, base = runtime.run_dir, stages.identity
+        state = restore(ranks, point, model, optimizer, run_dir=run_dir, base=base)
+    folder, settings = checkpoint_folder(config), config.checkpoint
+    made_with = facts(config, stages)
+    return state, CheckpointWriter(ranks, folder, settings, model, optimizer, state, made_with)
+
+
+def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
+    """What a checkpoint says of how it was made."""
+    return {
+        "config": config.as_dict(),
+        "base": stages.identity,
+        "patches": [
+            {"name": row.name, "status": row.status, "reason": row.reason}
+            for row in stages.report.rows
+        ],
+        **software(),
+    }
 
 
 def batch_stream(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> BatchStream:
@@ -217,7 +291,7 @@ def conclude(
         max_new_tokens=config.data.eval_max_new_tokens,
     )
     metrics |= exact_match(answers)
-    reporter.evaluation(metrics)
+    reporter.figures(metrics)
     reporter.answers(answers)
     if runtime.is_main:
         export_model(

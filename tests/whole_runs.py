@@ -13,8 +13,8 @@ import hydra
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
 
+from gemtune.checkpoint.tensors import read_tensors
 from gemtune.composition import with_unchecked_keys
 from gemtune.config import RunConfig, find_recipe, typed
 
@@ -66,14 +66,19 @@ class RunFolder:
         """Committed checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step_*"))
 
-    def tensors(self, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
-        """Of the newest checkpoint."""
-        return load_file(str(self.checkpoints()[-1] / file))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> parameter of the newest checkpoint."""
+        tensors = read_tensors(self.checkpoints()[-1])
+        prefix = "model|"
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     def training_state(self) -> dict[str, bytes]:
-        """File -> content of the newest checkpoint: parameters, optimizer, random numbers."""
-        files = [f for f in self.checkpoints()[-1].iterdir() if f.name != "state.json"]
-        return {f.name: f.read_bytes() for f in files}
+        """Of the newest checkpoint: parameters, optimizer and random numbers, as bytes."""
+        newest = self.checkpoints()[-1]
+        state = {file.name: file.read_bytes() for file in newest.glob("rng_rank*.json")}
+        for name, tensor in read_tensors(newest).items():
+            state[name] = tensor.flatten().view(torch.uint8).numpy().tobytes()
+        return state
 
 
 TrainRun = Callable[..., RunFolder]

@@ -93,6 +93,9 @@ class Session:
     evaluation_batches: Callable[[], Iterable[TrainBatch]]
     """This rank's share of the evaluation rows."""
     save: Callable[[], None]
+    """Writes a checkpoint, or begins to; raises what went wrong with an earlier one."""
+    save_failed: Callable[[], bool] = lambda: False
+    """Whether a checkpoint that is written in the background has failed on this rank."""
     look_ahead: Callable[[TrainBatch], dict[str, Any]] = lambda batch: {}
     """Sees every batch while it is on the CPU still; what it returns is passed to the model too."""
 
@@ -117,6 +120,8 @@ class StepResult:
     suspects: list[str]
     """Then the rows, of all ranks, whose loss was not finite; all rows if only the gradient was."""
     stop_requested: bool
+    save_failed: bool
+    """On any rank."""
 
 
 def train(
@@ -131,6 +136,7 @@ def train(
 
     Raises:
         TrainingError: more than `max_nonfinite_steps` steps were not finite.
+        CheckpointError: a checkpoint could not be written.
     """
     state = session.state
     session.model.train()
@@ -149,11 +155,12 @@ def train(
         stopping = result.stop_requested and not done
         if config.eval_every_steps and not state.step % config.eval_every_steps and not done:
             record |= evaluate(session)
+            state.eval_step, state.eval_loss = state.step, record.get("eval/loss")
             session.model.train()
             started = time.perf_counter()  # evaluation is no training time
         session.log(record)
         due = save_every_steps is not None and not state.step % save_every_steps
-        if due or done or stopping:
+        if due or done or stopping or result.save_failed:
             session.save()
             started = time.perf_counter()
         if stopping:
@@ -181,9 +188,10 @@ def step(
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     stop = float(runtime.stop.requested)
-    shared = runtime.table([*sums.sum(0), grad_norm, stop, supervised, tokens])
-    *totals, _, _, _, _ = (sum(column) for column in zip(*shared, strict=True))
-    *_, grad_norm, _, supervised, tokens = shared[0]
+    failed = float(session.save_failed())
+    shared = runtime.table([*sums.sum(0), grad_norm, stop, failed, supervised, tokens])
+    *totals, _, _, _, _, _ = (sum(column) for column in zip(*shared, strict=True))
+    *_, grad_norm, _, _, supervised, tokens = shared[0]
     loss, token_accuracy, entropy = (total / supervised for total in totals)
     # Agreed by all ranks before anything changes. The norm is the same on all, the losses are not.
     updated = math.isfinite(loss) and all(math.isfinite(row[3]) for row in shared)
@@ -205,6 +213,7 @@ def step(
         updated=updated,
         suspects=[] if updated else _suspects(runtime, micro_batches, sums[:, 0]),
         stop_requested=any(row[4] for row in shared),
+        save_failed=any(row[5] for row in shared),
     )
 
 

@@ -54,7 +54,7 @@ class Reporter:
             self._dashboard.log(record, step)
         self._screen.step(step, record, due=due)
 
-    def evaluation(self, metrics: dict[str, float]) -> None:
+    def figures(self, metrics: dict[str, float]) -> None:
         """Figures that belong to the newest step."""
         if self._file is not None and self._dashboard is not None and metrics:
             self._file.write(self._state.step, metrics)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from gemtune.checkpoint import CheckpointFolder, find_resume_point
+from gemtune.checkpoint import CheckpointFolder, resume_candidates
+from gemtune.checkpoint.manifest import MANIFEST_FILE
 from gemtune.checkpoint.state import read_document
 from gemtune.config import RunConfig, save_yaml
 from gemtune.errors import CheckpointError, ConfigError
@@ -25,7 +30,10 @@ _FREE = (
     "model.gradient_checkpointing",
     "tracker.",
     "checkpoint.",
+    "parallel.strategy",
     "parallel.timeout_seconds",
+    "parallel.heartbeat_seconds",
+    "run.grace_seconds",
     "loop.micro_batch_size",
     "loop.log_every_steps",
     "loop.eval_every_steps",
@@ -37,9 +45,10 @@ _FREE = (
 )
 
 
-def resume_point(config: RunConfig) -> Path | None:
-    """The checkpoint this start goes on from, or None for a new run. Changes nothing on disk.
+def resume_points(config: RunConfig) -> list[Path]:
+    """The checkpoints this start may go on from, the newest first; none: a new run.
 
+    Nothing on disk is changed, and no tensor is read: whether one is damaged shows later.
     `run.resume=PATH` says where a run begins: once it has checkpoints of its own, the same command
     goes on from those.
 
@@ -49,20 +58,20 @@ def resume_point(config: RunConfig) -> Path | None:
             without losing its own.
     """
     folder = config.run.folder
-    newest = CheckpointFolder(folder / "checkpoints").newest()
     if config.run.resume == "never":
-        return None
-    if newest is None:
-        _refuse_finished(folder)
-        return find_resume_point(config.run.resume, CheckpointFolder(folder / "checkpoints"))
+        return []
+    own = CheckpointFolder(folder / "checkpoints").committed()[::-1]
+    if not own:
+        _refuse_remains(folder)
+        return resume_candidates(config.run.resume, CheckpointFolder(folder / "checkpoints"))
 
-    before = read_document(newest)["config"]
+    before = _newest_readable(own)["config"]
     if before["run"]["resume"] != config.run.resume:
-        point = find_resume_point(config.run.resume, CheckpointFolder(folder / "checkpoints"))
-        if point is None or point.resolve() != newest.resolve():
+        named = resume_candidates(config.run.resume, CheckpointFolder(folder / "checkpoints"))
+        if not named or named[0].resolve() != own[0].resolve():
             raise CheckpointError(
                 f"run.resume={config.run.resume} is not the newest checkpoint of {folder}, which "
-                f"is {newest.name}. Leave run.resume out to go on from that one, or go on from "
+                f"is {own[0].name}. Leave run.resume out to go on from that one, or go on from "
                 "the other one in a new folder with run.name=NEW."
             )
     if changes := list(differences(before, config.as_dict())):
@@ -73,16 +82,108 @@ def resume_point(config: RunConfig) -> Path | None:
             f"run.resume=never (the old folder is kept, as {_aside(folder).name}). To train on "
             f"from its newest checkpoint with the new values: run.name=NEW run.resume={folder}"
         )
-    return newest
+    return own
 
 
-def _refuse_finished(folder: Path) -> None:
-    """A model whose checkpoints somebody deleted is not trained again and replaced."""
+def _newest_readable(checkpoints: list[Path]) -> dict[str, Any]:
+    """`state.json` of the newest one whose own is undamaged; the error of the newest if none is."""
+    first_error = None
+    for checkpoint in checkpoints:
+        try:
+            return read_document(checkpoint)
+        except CheckpointError as error:
+            first_error = first_error or error
+    assert first_error is not None
+    raise CheckpointError(
+        f"{first_error}\nNone of the checkpoints in {checkpoints[0].parent} can be read. Start "
+        "anew with run.resume=never."
+    )
+
+
+def _refuse_remains(folder: Path) -> None:
+    """What is left of a run without a checkpoint to go on from is not replaced by a new one."""
+    anew = (
+        "Choose another run.name=, or start anew with run.resume=never (the old folder is kept, as "
+        f"{_aside(folder).name})."
+    )
     if (folder / MODEL_FOLDER).exists():
         raise CheckpointError(
             f"{folder} holds a finished model but no checkpoint, so this command would train it "
-            "again from the start and replace it. Choose another run.name=, or start anew with "
-            f"run.resume=never (the old folder is kept, as {_aside(folder).name})."
+            f"again from the start and replace it. {anew}"
+        )
+    damaged = sorted(path.name for path in (folder / "checkpoints").glob("damaged-*"))
+    if damaged:
+        raise CheckpointError(
+            f"Every checkpoint of {folder} was found damaged and set aside ({', '.join(damaged)}). "
+            f"{anew}"
+        )
+    # With a manifest it is a first checkpoint whose commit was cut, and nothing was lost.
+    unknown = [
+        path.name
+        for path in (folder / "checkpoints").glob("step_*")
+        if not (path / MANIFEST_FILE).exists()
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}/checkpoints holds {', '.join(sorted(unknown))} of another gemtune: this one "
+            f"cannot read it. {anew}"
+        )
+
+
+class FolderLock:
+    """Keeps every other launch out of a run folder for as long as this process lives.
+
+    A record lock (fcntl.lockf) on a file beside the folder: the system drops it with the process,
+    however that ends, forked loader workers do not inherit it, and it works over NFS.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: TextIO | None = None
+
+    def take(self) -> None:
+        """Take the lock, unless this object has it.
+
+        Raises:
+            CheckpointError: another process has it; says which.
+        """
+        if self._file is not None:
+            return
+        path = self._folder.with_name(f".{self._folder.name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise CheckpointError(
+                f"{self._folder} is in use by {holder}. Wait for it, stop it, or train in another "
+                "folder with run.name=NEW."
+            ) from error
+        file.truncate(0)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def claim(config: RunConfig, points: list[Path], lock: FolderLock) -> None:
+    """Take the folder for this launch, before anything in it is changed.
+
+    Raises:
+        CheckpointError: another launch has it, or had it since `points` were looked up.
+    """
+    lock.take()
+    if [path for path in resume_points(config) if path not in points]:
+        raise CheckpointError(
+            f"Another process trained in {config.run.folder} meanwhile. Run the same command again."
         )
 
 

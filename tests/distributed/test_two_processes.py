@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sealed import seal
 from whole_runs import CONFIGS, REPOSITORY, SMALL, RunFolder, TrainRun
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -107,7 +108,8 @@ def test_a_fault_of_one_rank_ends_all(finished_run: RunFolder, tmp_path: Path) -
     shutil.copytree(finished_run.path, run.path)
     state = run.checkpoints()[-1] / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"world_size": 2}))
+    seal(run.checkpoints()[-1])
     # Rank 0 finds what it needs and waits for rank 1, which misses its random numbers.
     status, output = finish(launch(tmp_path))
     assert status != 0
-    assert "error (rank 1):" in output and "rng_rank1.json cannot be read" in output
+    assert "rank 1: " in output and "rng_rank1.json cannot be read" in output

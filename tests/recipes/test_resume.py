@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from whole_runs import REPOSITORY, SMALL, RunFolder, TrainRun
 
 from gemtune.errors import CheckpointError, ConfigError
@@ -216,17 +217,88 @@ def test_what_decides_nothing_may_change(
         "data.num_workers=1",
         "model.gradient_checkpointing=true",
     )
-    assert [p.name for p in resumed.checkpoints()] == ["step_00000004"]
+    # Of step 3 the evaluation loss is known, and the lowest there is.
+    assert [p.name for p in resumed.checkpoints()] == ["step_00000003", "step_00000004"]
     assert resumed.losses() == pytest.approx(finished_run.losses(), rel=1e-4)
 
 
-def test_a_damaged_checkpoint_is_named(train_run: TrainRun, copied: RunFolder) -> None:
-    newest = copied.checkpoints()[-1]
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    before = snapshot(copied.path)
-    with pytest.raises(CheckpointError, match=r"step_00000004.*delete.*before it"):
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    train_run: TrainRun,
+    finished_run: RunFolder,
+    copied: RunFolder,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    flip_a_bit(copied.checkpoints()[-1] / "__0_0.distcp")
+    resumed = train_run("checkpoint.every_steps=2")
+    said = capsys.readouterr().out
+    assert "step_00000004 is damaged: __0_0.distcp is not what was written" in said
+    assert "kept as damaged-step_00000004" in said and "going on after step 2" in said
+    assert resumed.losses() == finished_run.losses()
+    assert resumed.training_state() == finished_run.training_state()
+    assert (copied.path / "checkpoints" / "damaged-step_00000004").is_dir()
+
+
+def test_nothing_is_trained_anew_where_all_are_damaged(
+    train_run: TrainRun, copied: RunFolder
+) -> None:
+    for checkpoint in copied.checkpoints():
+        flip_a_bit(checkpoint / "rng_rank0.json")
+    with pytest.raises(CheckpointError, match=r"No undamaged.*\n.*_00000004.*\n.*_00000002.*\n"):
         train_run("checkpoint.every_steps=2")
-    assert snapshot(copied.path) == before
-    shutil.rmtree(newest)
+    before = snapshot(copied.path)
+    shutil.rmtree(copied.path / "model")
+    with pytest.raises(CheckpointError, match=r"Every checkpoint .* damaged and set aside"):
+        train_run("checkpoint.every_steps=2")
+    after = snapshot(copied.path)
+    assert after.items() <= before.items()
+
+
+def test_another_base_is_refused(
+    train_run: TrainRun, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, base)
+    command = ("recipe=gemma4_lora", f"model.path={base}", "model.weights=pretrained")
+    short = ("loop.max_steps=2", "schedule.name=constant")
+    run = train_run(*command, *short)
+    shutil.rmtree(run.path / "model")
+    weights = load_file(str(base / "model.safetensors"))
+    for name, tensor in weights.items():
+        weights[name] = tensor * 1.001
+    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"another base: the frozen weights .* differ"):
+        train_run(*command, *short)
+
+
+def test_a_folder_in_use_is_refused(copied: RunFolder, train_run: TrainRun) -> None:
+    program = (
+        "import sys, time; from gemtune.run_folder import FolderLock; from pathlib import Path"
+    )
+    program += "; lock = FolderLock(Path(sys.argv[1])); lock.take()"
+    program += "; print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(copied.path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        before = snapshot(copied.path)
+        with pytest.raises(CheckpointError, match=rf"in use by process {other.pid} on .* since 20"):
+            train_run("checkpoint.every_steps=2")
+        assert snapshot(copied.path) == before
+        other.kill()
     assert train_run("checkpoint.every_steps=2").status == 0
+
+
+def test_saving_beside_the_training_changes_nothing(
+    train_run: TrainRun, finished_run: RunFolder
+) -> None:
+    run = train_run("checkpoint.every_steps=1", "checkpoint.async_save=true")
+    assert [p.name for p in run.checkpoints()] == ["step_00000003", "step_00000004"]
+    assert run.losses() == finished_run.losses()
+    assert run.training_state() == finished_run.training_state()
+    assert all("checkpoint/stall_seconds" in m for m in run.metrics()[1:])

@@ -78,8 +78,10 @@ def test_the_folder_holds_what_is_documented(finished_run: RunFolder) -> None:
     assert finished_run.status == 0
     assert [p.name for p in finished_run.checkpoints()] == ["step_00000002", "step_00000004"]
     assert {p.name for p in finished_run.checkpoints()[-1].iterdir()} == {
-        "model.safetensors",
-        "optimizer.safetensors",
+        ".metadata",
+        "COMPLETE",
+        "__0_0.distcp",
+        "manifest.json",
         "rng_rank0.json",
         "state.json",
     }

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sealed import seal
 from whole_runs import compose
 
 from gemtune.config import RunConfig
 from gemtune.errors import CheckpointError, ConfigError
-from gemtune.run_folder import differences, open_folder, resume_point
+from gemtune.run_folder import FolderLock, claim, differences, open_folder, resume_points
 
 
 def configured(folder: Path, *overrides: str) -> RunConfig:
@@ -24,9 +25,9 @@ def add_checkpoint(folder: Path, step: int, config: RunConfig) -> Path:
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
     state = {"run_id": "abc", "step": step}
-    document = {"format": 1, "world_size": 1, "state": state, "config": config.as_dict()}
+    document = {"format": 2, "world_size": 1, "state": state, "config": config.as_dict()}
     (path / "state.json").write_text(json.dumps(document))
-    return path
+    return seal(path)
 
 
 @pytest.fixture
@@ -40,37 +41,37 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
     for resume in ("auto", "never"):
-        assert resume_point(configured(tmp_path / "new", f"run.resume={resume}")) is None
+        assert resume_points(configured(tmp_path / "new", f"run.resume={resume}")) == []
     assert not (tmp_path / "new").exists()
 
 
 def test_an_old_run_goes_on_from_its_newest(folder: Path) -> None:
-    newest = folder / "checkpoints" / "step_00000002"
-    assert resume_point(configured(folder)) == newest
-    assert resume_point(configured(folder, f"run.resume={folder}")) == newest
-    assert resume_point(configured(folder, f"run.resume={newest}")) == newest
-    assert resume_point(configured(folder, "run.resume=never", "optim.lr=1")) is None
+    oldest, newest = sorted((folder / "checkpoints").iterdir())
+    assert resume_points(configured(folder)) == [newest, oldest]
+    assert resume_points(configured(folder, f"run.resume={folder}")) == [newest, oldest]
+    assert resume_points(configured(folder, f"run.resume={newest}")) == [newest, oldest]
+    assert resume_points(configured(folder, "run.resume=never", "optim.lr=1")) == []
 
 
 def test_a_path_is_where_a_run_begins(folder: Path, tmp_path: Path) -> None:
     branch = tmp_path / "branch"
     config = configured(branch, f"run.resume={folder}", "optim.lr=1")
-    assert resume_point(config) == folder / "checkpoints" / "step_00000002"
+    assert resume_points(config)[0] == folder / "checkpoints" / "step_00000002"
     own = add_checkpoint(branch, 3, config)
-    assert resume_point(config) == own
+    assert resume_points(config) == [own]
     with pytest.raises(ConfigError, match=r"optim\.lr: 1\.0 there, 0\.5 now"):
-        resume_point(configured(branch, f"run.resume={folder}", "optim.lr=0.5"))
+        resume_points(configured(branch, f"run.resume={folder}", "optim.lr=0.5"))
 
 
 def test_the_configuration_of_the_checkpoint_counts_not_the_file(folder: Path) -> None:
     (folder / "config.yaml").write_text("optim: {lr: 7}")
-    assert resume_point(configured(folder)) is not None
+    assert len(resume_points(configured(folder))) == 2
 
 
 def test_the_name_of_the_folder_moved_aside_is_free(folder: Path) -> None:
     folder.with_name("run.1").mkdir()
     with pytest.raises(ConfigError, match=r"is kept, as run\.2"):
-        resume_point(configured(folder, "run.seed=1"))
+        resume_points(configured(folder, "run.seed=1"))
     open_folder(configured(folder, "run.resume=never"), None)
     assert (folder.with_name("run.2") / "checkpoints").is_dir()
     assert [p.name for p in folder.iterdir()] == ["config.yaml"]
@@ -84,17 +85,59 @@ def test_metrics_of_an_attempt_without_checkpoint_are_not_of_this_run(
         owner.mkdir(exist_ok=True)
         (owner / "metrics.jsonl").write_text('{"step": 1}\n')
     config = configured(branch, f"run.resume={folder}")
-    open_folder(config, resume_point(config))
+    open_folder(config, resume_points(config)[0])
     assert not (branch / "metrics.jsonl").exists()
-    open_folder(configured(folder), resume_point(configured(folder)))
+    open_folder(configured(folder), resume_points(configured(folder))[0])
     assert (folder / "metrics.jsonl").exists()
     assert yaml.safe_load((branch / "config.yaml").read_text())["run"]["name"] == "branch"
 
 
-def test_a_damaged_newest_checkpoint_is_not_passed_over(folder: Path) -> None:
-    (folder / "checkpoints" / "step_00000002" / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"delete .*step_00000002"):
-        resume_point(configured(folder))
+def test_the_configuration_of_a_damaged_checkpoint_does_not_count(folder: Path) -> None:
+    oldest, newest = sorted((folder / "checkpoints").iterdir())
+    state = newest / "state.json"
+    state.write_text(state.read_text().replace('"lr": 0.001', '"lr": 0.003'))
+    assert resume_points(configured(folder)) == [newest, oldest]
+    (oldest / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"_00000002/state\.json cannot be read.*\nNone of"):
+        resume_points(configured(folder))
+
+
+def test_what_an_older_gemtune_wrote_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    old = folder / "checkpoints" / "step_00000007"
+    old.mkdir(parents=True)
+    (old / "state.json").write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match=r"holds step_00000007 of another gemtune"):
+        resume_points(configured(folder))
+    add_checkpoint(folder, 8, configured(folder))
+    assert len(resume_points(configured(folder))) == 1
+
+
+def test_a_first_checkpoint_that_was_cut_is_a_new_start(folder: Path) -> None:
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "COMPLETE").unlink()
+    assert resume_points(configured(folder)) == []
+
+
+def test_what_another_launch_did_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = configured(folder)
+    points = resume_points(config)
+    add_checkpoint(folder, 1, config)
+    lock = FolderLock(folder)
+    with pytest.raises(CheckpointError, match="meanwhile"):
+        claim(config, points, lock)
+    claim(config, resume_points(config), lock)
+    lock.release()
+
+
+def test_a_lock_is_free_again_when_it_is_released(tmp_path: Path) -> None:
+    for _ in range(2):
+        lock = FolderLock(tmp_path / "new" / "run")
+        lock.take()
+        lock.take()
+        lock.release()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [".run.lock"]
 
 
 def test_differences() -> None:

@@ -2,15 +2,23 @@
 
 from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.checkpoint.export import export_model
-from gemtune.checkpoint.folder import CheckpointFolder, find_resume_point
-from gemtune.checkpoint.state import TrainState, restore, save
+from gemtune.checkpoint.folder import CheckpointFolder, resume_candidates
+from gemtune.checkpoint.identity import base_identity, software
+from gemtune.checkpoint.ranks import Ranks
+from gemtune.checkpoint.reader import first_undamaged, restore
+from gemtune.checkpoint.state import TrainState
+from gemtune.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "CheckpointConfig",
     "CheckpointFolder",
+    "CheckpointWriter",
+    "Ranks",
     "TrainState",
+    "base_identity",
     "export_model",
-    "find_resume_point",
+    "first_undamaged",
     "restore",
-    "save",
+    "resume_candidates",
+    "software",
 ]

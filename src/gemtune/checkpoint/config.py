@@ -1,4 +1,4 @@
-"""When checkpoints are written and how many are kept."""
+"""When checkpoints are written, how, and how many are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ class CheckpointConfig:
     """Cadence and retention."""
 
     every_steps: int | None = option(500, "steps between checkpoints; null: at the end only")
-    keep_last: int = option(2, "how many are kept; older ones are deleted after a new one is safe")
+    keep_last: int = option(
+        2, "how many are kept, and the one with the lowest evaluation loss besides; older ones go"
+    )
+    async_save: bool = option(
+        False, "train on while a copy in host memory is written (as large as what is trained)"
+    )
 
     def __post_init__(self) -> None:
         require_range("checkpoint.every_steps", self.every_steps, at_least=1)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from gemtune.checkpoint.folder import (
+from gemtune.checkpoint.disk import (
     check_space,
     is_no_space,
     no_space_message,

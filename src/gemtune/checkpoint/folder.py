@@ -1,39 +1,42 @@
-"""Folders that are whole or not there: staging, commit by rename, pruning, free space.
+"""`runs/<name>/checkpoints`: what is whole, what is not, and what may go.
 
-A folder is written under another name, put on disk (fsync), and becomes visible by one rename. What
+A checkpoint is written into a hidden folder, put on disk (fsync), renamed once, and marked. What
 is to be deleted is first renamed, so that a half-deleted folder never looks like a whole one. A
-crash at any instant therefore leaves every committed folder as it was.
+crash at any instant therefore leaves every committed checkpoint as it was.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemtune.checkpoint.disk import STAGING, sync, sync_entry
+from gemtune.checkpoint.manifest import (
+    MANIFEST_FILE,
+    is_complete,
+    verified_content,
+    write_marker,
+)
 from gemtune.errors import CheckpointError
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d{8})")
-_STAGING, _DELETED = ".staging-", ".deleted-"
+_DELETED, _DAMAGED = ".deleted-", "damaged-"
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """`runs/<name>/checkpoints`: committed checkpoints are `step_<8 digits>`."""
+    """Committed checkpoints are `step_<8 digits>`; `damaged-*` are kept for whoever looks."""
 
     path: Path
 
     def committed(self) -> list[Path]:
-        """Whole checkpoints, oldest first. Staging folders do not count."""
-        if not self.path.is_dir():
-            return []
-        found = [p for p in self.path.iterdir() if _NAME.fullmatch(p.name) and is_checkpoint(p)]
-        return sorted(found)
+        """Complete checkpoints, oldest first, verified or not."""
+        return [path for path in self._named() if is_complete(path)]
 
     def newest(self) -> Path | None:
         committed = self.committed()
@@ -43,44 +46,67 @@ class CheckpointFolder:
         return self.path / f"step_{step:08d}"
 
     def staging_path(self, step: int) -> Path:
-        return self.path / f"{_STAGING}step_{step:08d}"
+        return self.path / f"{STAGING}step_{step:08d}"
 
     def begin(self, step: int) -> None:
         """Make an empty staging folder; what an earlier crash left behind is deleted."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for mark in (_STAGING, _DELETED):
-            for left in self.path.glob(f"{mark}*"):
-                shutil.rmtree(left)
+        for left in (*self.path.glob(f"{STAGING}*"), *self.path.glob(f"{_DELETED}*")):
+            shutil.rmtree(left)
+        for unmarked in self._named():
+            # Renamed, and then killed before the marker. Without a manifest it is none of ours.
+            if not is_complete(unmarked) and (unmarked / MANIFEST_FILE).exists():
+                _delete(unmarked)
         self.staging_path(step).mkdir()
 
     def commit(self, step: int) -> Path:
-        """Put everything on disk and make it visible by one rename.
+        """Put everything on disk, make it visible by one rename, and mark it complete.
 
         Raises:
             CheckpointError: a checkpoint of that step is there. It stays: another process trains
                 in the same run folder.
         """
         staging, final = self.staging_path(step), self.final_path(step)
-        if is_checkpoint(final):
+        if final.exists():
             raise CheckpointError(
                 f"{final} is there already. Does another process train in this run folder?"
             )
         sync(staging)
-        if final.exists():  # not a checkpoint: somebody took its state.json away
-            _delete(final)
         staging.rename(final)
         # The name is on disk once its folder is; that folder may be new as well.
         for folder in (self.path, *self.path.absolute().parents[:2]):
-            _fsync(folder)
+            sync_entry(folder)
+        write_marker(final)
         return final
 
     def abandon(self, step: int) -> None:
         """Delete what was staged for that step, as far as the disk lets us."""
         shutil.rmtree(self.staging_path(step), ignore_errors=True)
 
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Rename a damaged checkpoint, so that no start finds it again; nothing is deleted."""
+        target, number = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}"), 1
+        while target.exists():
+            target = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}.{number}")
+            number += 1
+        checkpoint.rename(target)
+        sync_entry(self.path)
+        return target
+
     def prune(self, keep_last: int) -> None:
-        """Delete the oldest until `keep_last` are left."""
-        for old in self.committed()[:-keep_last]:
+        """Delete the oldest until `keep_last` are left, and the best one, if that is older.
+
+        Called after a commit only. The best is the one with the lowest evaluation loss, of those
+        that were saved at the step of an evaluation.
+        """
+        committed = self.committed()
+        best = min(
+            ((loss, path) for path in committed if (loss := evaluation_loss(path)) is not None),
+            default=(None, None),
+        )[1]
+        for old in committed[:-keep_last]:
+            if old == best:
+                continue
             try:
                 _delete(old)
             except OSError as error:
@@ -88,98 +114,52 @@ class CheckpointFolder:
                     f"{old} could not be deleted (checkpoint.keep_last={keep_last}): {error}"
                 ) from error
 
+    def _named(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
+        return sorted(path for path in self.path.iterdir() if _NAME.fullmatch(path.name))
+
 
 def is_checkpoint(path: Path) -> bool:
-    return (path / STATE_FILE).is_file()
+    return is_complete(path) and (path / STATE_FILE).is_file()
 
 
-def find_resume_point(resume: str, folder: CheckpointFolder) -> Path | None:
-    """The checkpoint that `run.resume` stands for, or None for a new run.
+def evaluation_loss(checkpoint: Path) -> float | None:
+    """Of the very parameters it holds; None where they were not evaluated, or it is damaged."""
+    try:
+        state = json.loads(verified_content(checkpoint, STATE_FILE))["state"]
+        loss = state["eval_loss"] if state["eval_step"] == state["step"] else None
+        return None if loss is None else float(loss)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def resume_candidates(resume: str, folder: CheckpointFolder) -> list[Path]:
+    """The checkpoints that `run.resume` may stand for, the most wanted first.
 
     Raises:
         CheckpointError: the given folder is no checkpoint.
     """
     if resume == "auto":
-        return folder.newest()
+        return folder.committed()[::-1]
     if resume == "never":
-        return None
+        return []
     path = Path(resume).expanduser()
-    if is_checkpoint(path):
-        return path
-    inner = CheckpointFolder(path / "checkpoints").newest() or CheckpointFolder(path).newest()
-    if inner is not None:
-        return inner
-    there = "is not a checkpoint (it has no state.json)" if path.exists() else "does not exist"
+    if is_complete(path):
+        return [path]
+    found = list(_below(path))
+    if found:
+        return found
+    there = "is not a checkpoint (nothing in it is marked COMPLETE)"
     raise CheckpointError(
-        f"run.resume={resume}: that folder {there}. Give runs/NAME, one of "
-        "runs/NAME/checkpoints/step_*, or auto or never."
+        f"run.resume={resume}: that folder {there if path.exists() else 'does not exist'}. Give "
+        "runs/NAME, one of runs/NAME/checkpoints/step_*, or auto or never."
     )
 
 
-def staging_beside(folder: Path) -> Path:
-    """A new, empty folder beside `folder`, to be filled and given to `replace`.
-
-    First undoes a `replace` that a crash cut in two, and deletes what others left behind.
-    """
-    staging, aside = _beside(folder)
-    if aside.exists() and not folder.exists():
-        aside.rename(folder)
-    for left in (staging, aside):
-        if left.exists():
-            shutil.rmtree(left)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def replace(folder: Path) -> None:
-    """Put the staging folder of `folder` in its place.
-
-    What stood there is renamed first and deleted last: at every instant one of the two is whole on
-    disk.
-    """
-    staging, aside = _beside(folder)
-    sync(staging)
-    if folder.exists():
-        folder.rename(aside)
-    staging.rename(folder)
-    _fsync(folder.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
-
-
-def sync(folder: Path) -> None:
-    """Wait until the files in `folder` are on disk."""
-    for file in folder.iterdir():
-        _fsync(file)
-    _fsync(folder)
-
-
-def check_space(path: Path, needed_bytes: int) -> None:
-    """Raise CheckpointError if the disk of `path` has less than `needed_bytes` free."""
-    if shutil.disk_usage(path).free < needed_bytes:
-        raise CheckpointError(no_space_message(path, needed_bytes))
-
-
-def is_no_space(error: BaseException) -> bool:
-    """Whether a write failed because the disk, or the user's share of it, is full."""
-    texts = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-    return any(text in str(error) for text in texts)  # safetensors has no errno
-
-
-def no_space_message(path: Path, needed_bytes: int) -> str:
-    """What is needed, what is free, and what can be done about it."""
-    free = shutil.disk_usage(path).free
-    return (
-        f"no space on the disk of {path}: {_size(needed_bytes)} needed, {_size(free)} free. "
-        "Free some, lower checkpoint.keep_last, or move the runs with run.dir="
-    )
-
-
-def _beside(folder: Path) -> tuple[Path, Path]:
-    return (
-        folder.with_name(f"{_STAGING}{folder.name}"),
-        folder.with_name(f".replaced-{folder.name}"),
-    )
+def _below(path: Path) -> Iterator[Path]:
+    for folder in (path / "checkpoints", path):
+        yield from CheckpointFolder(folder).committed()[::-1]
 
 
 def _delete(folder: Path) -> None:
@@ -187,22 +167,3 @@ def _delete(folder: Path) -> None:
     doomed = folder.with_name(f"{_DELETED}{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _size(num_bytes: int) -> str:
-    units: Iterable[tuple[str, int]] = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-    for unit, scale in units:
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} bytes"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot (some network ones)
-            raise
-    finally:
-        os.close(descriptor)

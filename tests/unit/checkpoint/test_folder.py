@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from sealed import seal
 
-from gemtune.checkpoint import CheckpointFolder, find_resume_point
-from gemtune.checkpoint.folder import check_space, replace, staging_beside
+from gemtune.checkpoint import CheckpointFolder, resume_candidates
+from gemtune.checkpoint.disk import check_space, replace, staging_beside
+from gemtune.checkpoint.manifest import entries_of, verify, write_manifest
 from gemtune.errors import CheckpointError
 
-FILES = ("state.json", "model.safetensors", "optimizer.safetensors")
+FILES = ("state.json", "__0_0.distcp", "rng_rank0.json")
 
 
 class Killed(BaseException):
@@ -38,9 +41,16 @@ class DiesAt:
         return guarded
 
 
-def save(folder: CheckpointFolder, step: int, keep_last: int = 2) -> None:
+def save(
+    folder: CheckpointFolder, step: int, keep_last: int = 2, eval_loss: float | None = None
+) -> None:
     folder.begin(step)
-    write(folder.staging_path(step), f"of step {step}")
+    staging = folder.staging_path(step)
+    write(staging, f"of step {step}")
+    if eval_loss is not None:
+        state = {"step": step, "eval_step": step, "eval_loss": eval_loss}
+        (staging / "state.json").write_text(json.dumps({"state": state}))
+    write_manifest(staging, entries_of(staging.iterdir()))
     folder.commit(step)
     folder.prune(keep_last)
 
@@ -67,6 +77,7 @@ def test_staging_is_invisible_until_commit(folder: CheckpointFolder) -> None:
     assert folder.newest() is None
     folder.begin(1)
     write(folder.staging_path(1), "x")
+    write_manifest(folder.staging_path(1), entries_of(folder.staging_path(1).iterdir()))
     assert folder.newest() is None
     assert folder.commit(1) == folder.newest() == folder.final_path(1)
     assert not folder.staging_path(1).exists()
@@ -85,18 +96,70 @@ def test_prune_keeps_the_last(folder: CheckpointFolder) -> None:
     assert sorted(p.name for p in folder.path.iterdir()) == names(folder)
 
 
-def test_a_folder_without_state_is_no_checkpoint(folder: CheckpointFolder) -> None:
+def test_a_folder_without_the_marker_is_no_checkpoint(folder: CheckpointFolder) -> None:
     save(folder, 1)
-    folder.final_path(2).mkdir()
+    save(folder, 2)
+    (folder.final_path(2) / "COMPLETE").unlink()
     assert names(folder) == ["step_00000001"]
     save(folder, 2)  # and is replaced by one
     assert is_whole(folder.final_path(2), "of step 2")
+
+
+def test_what_is_not_ours_is_not_deleted(folder: CheckpointFolder) -> None:
+    save(folder, 1)
+    older = folder.final_path(2)
+    older.mkdir()
+    write(older, "of an older gemtune")
+    with pytest.raises(CheckpointError, match="is there already"):
+        save(folder, 2)
+    save(folder, 3)
+    assert is_whole(older, "of an older gemtune")
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 2.5, None], [2, 4, 5]),
+        ([None, None, None, None, None], [4, 5]),
+        ([3.0, 2.0, 1.5, 1.2, 1.0], [4, 5]),
+        ([1.0, 1.0, 1.0, 1.0, 1.0], [1, 4, 5]),
+    ],
+)
+def test_prune_keeps_the_best(
+    folder: CheckpointFolder, losses: list[float | None], kept: list[int]
+) -> None:
+    for step, loss in enumerate(losses, start=1):
+        save(folder, step, keep_last=2, eval_loss=loss)
+    assert names(folder) == [f"step_{step:08d}" for step in kept]
+
+
+def test_an_evaluation_of_another_step_counts_for_nothing(folder: CheckpointFolder) -> None:
+    save(folder, 1, eval_loss=1.0)
+    state = {"step": 1, "eval_step": 0, "eval_loss": 0.1}
+    (folder.final_path(1) / "state.json").write_text(json.dumps({"state": state}))
+    seal(folder.final_path(1))
+    for step in (2, 3, 4):
+        save(folder, step, keep_last=1, eval_loss=2.0 + step)
+    assert names(folder) == ["step_00000002", "step_00000004"]
+
+
+def test_a_damaged_one_is_set_aside_under_a_free_name(folder: CheckpointFolder) -> None:
+    for _ in range(2):
+        save(folder, 1)
+        folder.set_aside(folder.final_path(1))
+    save(folder, 2)
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        "damaged-step_00000001",
+        "damaged-step_00000001.1",
+        "step_00000002",
+    ]
 
 
 def test_a_committed_checkpoint_is_never_replaced(folder: CheckpointFolder) -> None:
     save(folder, 1)
     folder.begin(1)
     write(folder.staging_path(1), "of another process")
+    write_manifest(folder.staging_path(1), {})
     with pytest.raises(CheckpointError, match="another process"):
         folder.commit(1)
     assert is_whole(folder.final_path(1), "of step 1")
@@ -122,6 +185,7 @@ def test_a_crash_at_any_instant(tmp_path: Path) -> None:
         assert len(committed) >= 2
         for path in folder.committed():
             assert is_whole(path, f"of step {int(path.name[5:])}"), (number, path)
+            assert verify(path) == [], (number, path)
         save(folder, 4)
         assert names(folder) == [committed[-1], "step_00000004"]
         assert sorted(p.name for p in folder.path.iterdir()) == names(folder)
@@ -159,20 +223,20 @@ def test_a_crash_while_a_folder_is_replaced(tmp_path: Path) -> None:
 
 
 def test_what_resume_stands_for(folder: CheckpointFolder, tmp_path: Path) -> None:
-    assert find_resume_point("auto", folder) is None
+    assert resume_candidates("auto", folder) == []
     for step in (1, 2):
         save(folder, step)
     first, second = folder.committed()
     other = CheckpointFolder(tmp_path / "other")
-    assert find_resume_point("auto", folder) == second
-    assert find_resume_point("never", folder) is None
-    assert find_resume_point(str(first), other) == first
-    assert find_resume_point(str(folder.path), other) == second
-    assert find_resume_point(str(folder.path.parent), other) == second
+    assert resume_candidates("auto", folder) == [second, first]
+    assert resume_candidates("never", folder) == []
+    assert resume_candidates(str(first), other) == [first]
+    assert resume_candidates(str(folder.path), other) == [second, first]
+    assert resume_candidates(str(folder.path.parent), other) == [second, first]
     with pytest.raises(CheckpointError, match="does not exist"):
-        find_resume_point(str(tmp_path / "nowhere"), folder)
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint .*state\.json"):
-        find_resume_point(str(tmp_path), folder)
+        resume_candidates(str(tmp_path / "nowhere"), folder)
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint .*COMPLETE"):
+        resume_candidates(str(tmp_path), folder)
 
 
 def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
