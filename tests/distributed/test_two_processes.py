@@ -70,11 +70,20 @@ def test_the_same_losses_and_the_same_after_ctrl_c(train_run: TrainRun, tmp_path
     assert whole.training_state().keys() - alone.training_state().keys() == {"rng_rank1.json"}
 
     cut = interrupt(tmp_path / "cut")
-    assert 1 <= len(cut.losses()) < STEPS
+    done = len(cut.losses())
+    assert 1 <= done < STEPS
+    shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
     status, output = finish(launch(tmp_path / "cut", *SMOOTH))
     assert status == 0, output
     assert cut.losses() == whole.losses()
     assert cut.training_state() == whole.training_state()
+
+    # One process goes on where two were stopped: the same samples, none twice and none left out.
+    fewer = train_run(*SMOOTH, run_dir=tmp_path / "fewer")
+    assert fewer.losses() == pytest.approx(whole.losses(), rel=1e-5)
+    for ours, theirs in zip(fewer.metrics(), whole.metrics(), strict=True):
+        assert ours.get("train/supervised_tokens") == theirs.get("train/supervised_tokens")
+    assert list(fewer.losses().items())[:done] == list(whole.losses().items())[:done]
 
 
 def interrupt(run_dir: Path) -> RunFolder:
