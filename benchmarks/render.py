@@ -224,6 +224,25 @@ def supervised_positions(result: Result) -> str:
     return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
 
 
+def checkpoint_saves(result: Result) -> str:
+    """How long each keeps the training waiting, and until it is done."""
+    settings = result["settings"]
+    size = (
+        f"{settings['parameters'] / 1e6:,.0f} M parameters in {settings['dtype']} and their AdamW "
+        f"state, one process, {settings['threads']} thread(s), {settings['repetitions']} rounds; "
+        f"accelerate {result['accelerate']}."
+    )
+    header = ["", "training waits, s", "waits / copy", "done after, s", "done / gemtune", "MiB"]
+    rows = []
+    for name, text in result["contestants"].items():
+        row = result["rows"][name]
+        cells = [interval(row["stall_seconds"]), interval(row["stall_ratio_to_copy"])]
+        cells += [interval(row["total_seconds"]), interval(row["total_ratio_to_gemtune"])]
+        rows.append([text, *cells, f"{row['mib']:,.0f}"])
+    rows.append(["any of them on a GPU", *[NOT_MEASURED] * 5])
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
 def lookup_cells(row: Result) -> list[str]:
     """Milliseconds, time over that of the lookup, peak."""
     peak = NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
@@ -316,6 +335,7 @@ def exact_match(folder: Path) -> str:
 
 
 TABLES = {
+    "checkpoint_saves": checkpoint_saves,
     "default_run": default_run,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy_cuda": linear_cross_entropy,

@@ -23,6 +23,7 @@ SUITES = (
     "supervised_positions",
     "vision_position_lookup",
     "relative_position_lookup",
+    "checkpoint_saves",
     "default_run",
 )
 
