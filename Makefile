@@ -8,6 +8,9 @@ LAUNCH ?= --config_file configs/accelerate/one_process.yml
 # Worker processes of the tests.
 TEST_WORKERS ?= 2
 
+# Kills of `make soak`; the tests make do with 25.
+KILLS ?= 100
+
 # The transformers releases of `make test-matrix`, what they are tested with, and which tests.
 MATRIX ?= 5.5.4 5.9.0 5.17.0 5.23.0
 MATRIX_PACKAGES := 'torch>=2.11,<2.14' accelerate peft pillow jinja2 pytest pytest-xdist
@@ -16,7 +19,7 @@ MATRIX_TESTS := tests/contracts tests/unit/patches tests/unit/losses tests/train
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-matrix bench bench-gpu lint format clean
+.PHONY: help setup train test test-matrix soak bench bench-gpu lint format clean
 
 help: ## Say what there is
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +50,11 @@ test-matrix: $(MATRIX:%=test-transformers-%) ## Run the patch tests on the trans
 
 test-transformers-%: .matrix/%/.ready
 	.matrix/$*/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(MATRIX_TESTS) $(ARGS)
+
+# Writes benchmarks/results/soak.json, which RELIABILITY.md is made from.
+soak: $(READY) ## Kill runs at random moments, 100 times or KILLS=n, and compare every bit
+	GEMTUNE_KILLS=$(KILLS) GEMTUNE_KILLS_OUTPUT=$(CURDIR)/benchmarks/results/soak.json \
+		$(VENV)/bin/python -m pytest tests/faults/test_kills.py $(ARGS)
 
 .PRECIOUS: .matrix/%/.ready
 .matrix/%/.ready: pyproject.toml

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from nursery import Child, Nursery, wait_until
-from whole_runs import RunFolder
+from whole_runs import REPOSITORY, RunFolder
 
 from gemtune.checkpoint import CheckpointFolder
 from gemtune.checkpoint.manifest import is_complete, verify
@@ -56,8 +55,13 @@ def is_saving(folder: Path) -> bool:
     )
 
 
-def kill_at_random(nursery: Nursery, child: Child, run_dir: Path, chance: random.Random) -> str:
-    """Kill it; return where it was: "a save", "a step", "the start" or "" if it was done."""
+def kill_at_random(
+    nursery: Nursery, child: Child, run_dir: Path, opened: int, chance: random.Random
+) -> str:
+    """Kill it; return where it was: "a save", "a step", "the start" or "" if it was done.
+
+    `opened` is when metrics.jsonl was written last before it was started.
+    """
     folder = run_dir / "checkpoints"
     in_save = chance.random() < 0.6
     if in_save:
@@ -72,14 +76,16 @@ def kill_at_random(nursery: Nursery, child: Child, run_dir: Path, chance: random
         if not wait_until(lambda: CheckpointFolder(folder).newest() != before, child):
             return ""
         time.sleep(chance.random() * 0.3)
-    metrics = run_dir / "metrics.jsonl"
-    size = metrics.stat().st_size if metrics.exists() else 0
     nursery.kill(child)
     if nursery.wait(child) != -9:
         return ""
     if is_saving(folder):
         return "a save"
-    return "a step" if size else "the start"
+    return "the start" if written_at(run_dir / "metrics.jsonl") == opened else "a step"
+
+
+def written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -94,8 +100,9 @@ def test_random_kills(nursery: Nursery, tmp_path: Path, way: str) -> None:
     share = NUM_KILLS // len(WAYS)
     num_kills = NUM_KILLS - share * (len(WAYS) - 1) if way == next(iter(WAYS)) else share
     while where.total() < num_kills:
+        opened = written_at(run_dir / "metrics.jsonl")
         child = nursery.start(f"run.dir={tmp_path / 'cut'}", *overrides)
-        place = kill_at_random(nursery, child, run_dir, chance)
+        place = kill_at_random(nursery, child, run_dir, opened, chance)
         assert place, f"done after {where.total()} kills\n{child.log.read_text()}"
         where[place] += 1
         for checkpoint in CheckpointFolder(run_dir / "checkpoints").committed():
@@ -118,7 +125,10 @@ def write_down(way: str, where: Counter[str]) -> None:
     if not output:
         return
     path = Path(output)
-    result = json.loads(path.read_text()) if path.exists() else {"ways": {}}
-    result |= {"machine": platform.platform(), "torch": torch.__version__, "seed": SEED}
+    sys.path.append(str(REPOSITORY / "benchmarks"))
+    from environment import describe
+
+    result = json.loads(path.read_text()) if way != next(iter(WAYS)) else {"ways": {}}
+    result |= describe(f"make soak KILLS={NUM_KILLS}") | {"seed": SEED}
     result["ways"][way] = dict(where)
     path.write_text(json.dumps(result, indent=1) + "\n")

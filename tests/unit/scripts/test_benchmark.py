@@ -312,7 +312,7 @@ def test_the_table_names_the_biggest_saver_first(load: Load) -> None:
         row("all but large", 890.0, 450.0),
         row("all but small", 700.0, 250.0),
     ]
-    against_none, against_all = load("render").price_tables({"rows": rows})
+    against_none, against_all = load("tables").price_tables({"rows": rows})
     names = [cells[0] for cells in against_none[2]]
     assert names[:4] == ["`none`", "`all`", "`large`", "`small`"]
     assert names[-1] == "`other`: not applicable (no such module)"

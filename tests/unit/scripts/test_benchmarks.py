@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RENDER = REPOSITORY / "benchmarks" / "render.py"
+TABLES = REPOSITORY / "benchmarks" / "tables.py"
+DOCUMENTS = ("BENCHMARKS.md", "README.md", "RELIABILITY.md")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 Load = Callable[[str], Any]
 TINY = ["--rows=48", "--hidden=16", "--vocabulary=160", "--repetitions=1", "--no-memory"]
@@ -37,7 +39,7 @@ def test_the_documents_are_up_to_date() -> None:
 def copy(tmp_path: Path) -> Path:
     """Documents, results and renderer in a folder of their own."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for path in (RENDER, *RESULTS, REPOSITORY / "BENCHMARKS.md", REPOSITORY / "README.md"):
+    for path in (RENDER, TABLES, *RESULTS, *(REPOSITORY / name for name in DOCUMENTS)):
         (tmp_path / path.relative_to(REPOSITORY)).write_bytes(path.read_bytes())
     return tmp_path
 
@@ -111,7 +113,7 @@ def test_the_lm_head_comparison_has_its_peers(compare: Compare, load: Load, dtyp
         assert case["rows"]["trl"]["differences"].keys() == (
             {"loss", "grad_hidden"} | (set() if case["frozen_head"] else {"grad_head"})
         )
-    text = load("render").linear_cross_entropy(result)
+    text = load("tables").linear_cross_entropy(result)
     assert text.count("| `trl` |") == 4, "time and ratio, for each head"
     assert text.count("| Liger Kernel (needs a GPU with Triton) | not measured |") == 6
     assert f"- Peers: trl {result['peers']['trl']}" in text
@@ -166,7 +168,7 @@ def test_a_contestant_that_does_not_fit_says_so(
     monkeypatch.setitem(load("linear_cross_entropy").CONTESTANTS, "transformers", (too_large, "it"))
     result = compare("--ignored", "0")
     assert [case["out_of_memory"] for case in result["cases"]] == [["transformers"]] * 2
-    text = load("render").linear_cross_entropy(result)
+    text = load("tables").linear_cross_entropy(result)
     assert text.count("| `transformers` | out of memory |") == 6
 
 
@@ -201,7 +203,7 @@ def test_the_lm_head_comparison_on_a_gpu(compare: Compare, load: Load) -> None:
     rows = result["cases"][0]["rows"]
     assert rows["gemtune"]["peak_mib"] >= 0
     assert ("liger" in rows) != ("liger" in result["not_measured"])
-    assert "on the GPU" in load("render").linear_cross_entropy(result)
+    assert "on the GPU" in load("tables").linear_cross_entropy(result)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
