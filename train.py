@@ -1,13 +1,15 @@
 """The entry point: `accelerate launch train.py recipe=gemma4_sft [group=choice] [key=value]`."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-# Started with Ctrl-C ignored (the Makefile does), it must still answer to it while it loads.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+from gemtune import exit_codes, signals
+
+# Also when started with Ctrl-C ignored (the Makefile does), and while the rest is imported.
+signals.install()
+signals.follow_launcher()
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and are shown below
 
 import hydra
@@ -36,7 +38,7 @@ def refuse(reason: object) -> NoReturn:
     """One message instead of a traceback."""
     rank = os.environ.get("RANK", "0")
     print(f"error{f' (rank {rank})' if rank != '0' else ''}: {reason}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(exit_codes.REFUSED)
 
 
 if __name__ == "__main__":
@@ -46,4 +48,4 @@ if __name__ == "__main__":
     except HydraException as error:
         refuse(explain(str(error), Path(__file__).parent / "configs"))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(exit_codes.INTERRUPTED)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemtune import adapters, patches
+from gemtune import adapters, patches, signals
 from gemtune.checkpoint import (
     CheckpointFolder,
     CheckpointWriter,
@@ -26,9 +26,11 @@ from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.data import Batch, BatchStream, ChatDataset, prepare
 from gemtune.evaluation import exact_match, generate_answers
+from gemtune.exit_codes import DONE
+from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
 from gemtune.losses import HostLabels
-from gemtune.memory import PeakTracker
+from gemtune.memory import PeakTracker, advice
 from gemtune.models import (
     Processing,
     base_model,
@@ -43,8 +45,7 @@ from gemtune.reporting import Reporter
 from gemtune.run_folder import MODEL_FOLDER, FolderLock, claim, open_folder, resume_points
 from gemtune.runtime import Runtime, start
 from gemtune.tracking import new_run_id
-
-EXIT_DONE, EXIT_INTERRUPTED = 0, 130
+from gemtune.watchdog import Limits
 
 
 @dataclass
@@ -66,12 +67,24 @@ class Stages:
 
 
 def run(config: RunConfig) -> int:
-    """Train to the end, or until Ctrl-C; returns the exit status."""
+    """Train to the end, or until a signal; returns the exit status."""
     points = resume_points(config)  # before anything slow: the folder may be another run's
     runtime = start(config.run, config.parallel)
+    runtime.stop = signals.install()
+    limits = Limits(
+        heartbeat_seconds=config.parallel.heartbeat_seconds,
+        timeout_seconds=config.parallel.timeout_seconds,
+        grace_seconds=config.run.grace_seconds,
+    )
+    with guarded(runtime, limits):
+        return go_through(config, runtime, points)
+
+
+def go_through(config: RunConfig, runtime: Runtime, points: list[Path]) -> int:
+    """The stages up to the model in memory, and then the rest."""
     config.loop.check_world_size(runtime.world_size)
     screen = Screen(runtime.is_main)
-    runtime.stop.install(screen.say)
+    runtime.stop.say = screen.say
     ranks = Ranks.meet(config.parallel.timeout_seconds)
     lock = FolderLock(config.run.folder)
     try:
@@ -105,7 +118,8 @@ def train_from(
         screen.say(f"this run is finished: all {session.num_steps} steps are done")
         screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
         reporter.finish()
-        return EXIT_DONE
+        runtime.status.end(DONE, "it was finished before")
+        return DONE
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
     else:
@@ -114,6 +128,7 @@ def train_from(
         reporter.figures(first)
         screen.lines(first_loss_lines(config, session.state.first_eval_loss))
 
+    runtime.stop.training()
     with screen.training(session.state.step, session.num_steps):
         finished = train(
             session,
@@ -122,16 +137,22 @@ def train_from(
             config.checkpoint.every_steps,
         )
         writer.settle()
+    code, reason = DONE, ""
     if finished:
+        runtime.stop.not_training()
         conclude(config, stages, session, reporter, screen)
     else:
+        code, reason = runtime.stop.exit_code, runtime.stop.reason
         again = " without run.resume=never" if config.run.resume == "never" else ""
         screen.say(
-            f"Stopped after step {session.state.step} of {session.num_steps}; everything is saved "
-            f"in {runtime.run_dir}. To go on, run the same command again{again}."
+            f"Stopped by {reason} after step {session.state.step} of {session.num_steps}; "
+            f"everything is saved in {runtime.run_dir}. To go on, run the same command again"
+            f"{again}. Exit code {code}."
         )
     reporter.finish()
-    return EXIT_DONE if finished else EXIT_INTERRUPTED
+    runtime.stop.ending()
+    runtime.status.end(code, reason)
+    return code
 
 
 def checkpoint_folder(config: RunConfig) -> CheckpointFolder:
@@ -185,6 +206,7 @@ def open_session(
     runtime.seed_training(config.run.seed)
     state, writer = restore_from(point, config, runtime, ranks, stages, runtime.unwrap(model))
     ranks.all_or_none(lambda: open_folder(config, point) if runtime.is_main else None)
+    runtime.status.open(runtime.run_dir, step=state.step, writes=runtime.is_main)
     reporter = Reporter(runtime, config, state, screen)
 
     forward_options: dict[str, bool] = {"use_cache": False}
@@ -204,6 +226,7 @@ def open_session(
         num_steps=stages.num_steps,
         log=reporter.training,
         evaluation_batches=lambda: evaluation_batches(config, runtime, stages.eval_rows),
+        memory_advice=memory_advice(config, runtime.world_size),
         save=lambda: reporter.figures(writer.save()),
         save_failed=lambda: writer.has_failed,
     )
@@ -248,6 +271,21 @@ def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
         ],
         **software(),
     }
+
+
+def memory_advice(config: RunConfig, world_size: int) -> list[str]:
+    """What of this configuration to change when memory runs out."""
+    candidates = [*patches.default(), "ple_offload", "vision_streaming"]
+    return advice(
+        micro_batch_size=config.loop.micro_batch_size,
+        max_length=config.data.max_length,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        patches_off=[name for name in candidates if name not in config.patches],
+        adapter=type(config.adapter) is not adapters.Adapter,
+        world_size=world_size,
+        sharded=getattr(config.parallel, "strategy", "ddp") == "fsdp2",
+        mixed_precision=config.parallel.mixed_precision != "no",
+    )
 
 
 def batch_stream(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> BatchStream:

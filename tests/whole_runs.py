@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from gemtune.checkpoint.tensors import read_tensors
 from gemtune.composition import with_unchecked_keys
 from gemtune.config import RunConfig, find_recipe, typed
+from gemtune.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -87,7 +88,7 @@ TrainRun = Callable[..., RunFolder]
 @pytest.fixture
 def train_run(tmp_path: Path) -> Iterator[TrainRun]:
     """`train_run(*overrides, run_dir=FOLDER)` trains in this process, into run_dir/run."""
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = taken_signals()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in the same order on every machine, and fast beside others
 
@@ -96,7 +97,7 @@ def train_run(tmp_path: Path) -> Iterator[TrainRun]:
 
     yield run
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+    give_back(handlers)
 
 
 def train_in_process(*overrides: str, run_dir: Path) -> RunFolder:
@@ -115,13 +116,24 @@ def train_in_process(*overrides: str, run_dir: Path) -> RunFolder:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A small run that is done. Shared: tests must not change it."""
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = taken_signals()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     run = train_in_process("checkpoint.every_steps=2", run_dir=tmp_path_factory.mktemp("finished"))
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+    give_back(handlers)
     return run
+
+
+def taken_signals() -> dict[signal.Signals, Any]:
+    """The handlers that a run takes over."""
+    return {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+def give_back(handlers: dict[signal.Signals, Any]) -> None:
+    """Put them back."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

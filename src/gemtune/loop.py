@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ from torch import nn
 
 from gemtune.checkpoint.state import TrainState
 from gemtune.errors import ConfigError, TrainingError
-from gemtune.memory import PHASES, PeakTracker
+from gemtune.memory import PHASES, PeakTracker, Place, reported_when_out_of_memory
 from gemtune.options import option, require_range
 from gemtune.runtime import Runtime
+from gemtune.skipped_steps import SPIKE_MIN_STEPS, remember_loss, spike_limit
 
 
 @dataclass
@@ -28,6 +29,11 @@ class LoopConfig:
     micro_batch_size: int = option(4, "rows of one forward pass; no effect on the gradient")
     max_grad_norm: float | None = option(1.0, "gradients are scaled down to it; null: never")
     max_nonfinite_steps: int = option(3, "steps with a NaN or infinity before the run stops")
+    spike_sigma: float | None = option(
+        None, "a step whose loss is so many standard deviations above recent ones is left out"
+    )
+    spike_window_steps: int = option(128, "recent steps that spike_sigma compares with")
+    max_spike_steps: int = option(10, "steps left out as spikes before the run stops")
     log_every_steps: int = option(10, "steps between lines and dashboard points")
     eval_every_steps: int | None = option(None, "steps between evaluations; null: start and end")
     eval_micro_batch_size: int = option(32, "rows of one forward pass in evaluation")
@@ -37,6 +43,9 @@ class LoopConfig:
         require_range("loop.max_epochs", self.max_epochs, above=0)
         require_range("loop.max_grad_norm", self.max_grad_norm, above=0)
         require_range("loop.max_nonfinite_steps", self.max_nonfinite_steps, at_least=0)
+        require_range("loop.spike_sigma", self.spike_sigma, above=0)
+        require_range("loop.spike_window_steps", self.spike_window_steps, at_least=SPIKE_MIN_STEPS)
+        require_range("loop.max_spike_steps", self.max_spike_steps, at_least=0)
         require_range("loop.eval_every_steps", self.eval_every_steps, at_least=1)
         for key in (
             "global_batch_size",
@@ -98,6 +107,13 @@ class Session:
     """Whether a checkpoint that is written in the background has failed on this rank."""
     look_ahead: Callable[[TrainBatch], dict[str, Any]] = lambda batch: {}
     """Sees every batch while it is on the CPU still; what it returns is passed to the model too."""
+    memory_advice: Sequence[str] = ()
+    """What to change when memory runs out."""
+
+    def enter(self, phase: str) -> None:
+        """A phase of the step begins: memory and the watchdog follow."""
+        self.memory.enter(phase)
+        self.runtime.watchdog.progress(phase, self.state.step + 1)
 
 
 @dataclass
@@ -116,12 +132,14 @@ class StepResult:
     peaks_gib: list[dict[str, float]]
     """Phase -> peak of each rank."""
     updated: bool
-    """False: something was not finite, and nothing was changed."""
+    """False: something was not finite, or the loss was a spike, and nothing was changed."""
     suspects: list[str]
-    """Then the rows, of all ranks, whose loss was not finite; all rows if only the gradient was."""
+    """Then the rows, of all ranks, whose loss was so; all rows if only the gradient was."""
     stop_requested: bool
     save_failed: bool
     """On any rank."""
+    spike: bool = False
+    """Finite, but above the limit."""
 
 
 def train(
@@ -138,43 +156,76 @@ def train(
         TrainingError: more than `max_nonfinite_steps` steps were not finite.
         CheckpointError: a checkpoint could not be written.
     """
-    state = session.state
+    state, watchdog = session.state, session.runtime.watchdog
     session.model.train()
     started = time.perf_counter()
     for micro_batches in batches(state.step, session.num_steps):
         fetched = time.perf_counter()
-        result = step(session, micro_batches, config.max_grad_norm)
+        limit = spike_limit(state.recent_losses, config.spike_sigma)
+        with reported_when_out_of_memory(lambda batches=micro_batches: _place(session, batches)):
+            result = step(session, micro_batches, config.max_grad_norm, limit)
+        watchdog.limit(True)  # not in the first step: it compiles and allocates
         state.step += 1
+        session.runtime.status.step = state.step
         state.tokens_seen += result.tokens
         now = time.perf_counter()
         record = _record(session, result, seconds=now - started, waited=fetched - started)
         started = now
-        if not result.updated:
-            _count_nonfinite(session, result, record, config.max_nonfinite_steps)
+        if result.updated:
+            remember_loss(state.recent_losses, result.loss, config.spike_window_steps)
+        else:
+            _count_left_out(session, result, record, config)
         done = state.step == session.num_steps
-        stopping = result.stop_requested and not done
+        stopping = result.stop_requested
         if config.eval_every_steps and not state.step % config.eval_every_steps and not done:
-            record |= evaluate(session)
+            with watchdog.unlimited("evaluation"):
+                record |= evaluate(session)
             state.eval_step, state.eval_loss = state.step, record.get("eval/loss")
             session.model.train()
             started = time.perf_counter()  # evaluation is no training time
         session.log(record)
         due = save_every_steps is not None and not state.step % save_every_steps
         if due or done or stopping or result.save_failed:
-            session.save()
+            with watchdog.unlimited("saving"):
+                session.save()
             started = time.perf_counter()
         if stopping:
-            return False
-    return True
+            break
+        watchdog.progress("data", state.step + 1)
+    watchdog.limit(False)
+    return not session.runtime.stop_agreed()
+
+
+def _place(session: Session, micro_batches: list[TrainBatch]) -> Place:
+    """Where this rank is within a step."""
+    memory = session.memory
+    phase, number = memory.phase, max(1, memory.num_forwards)
+    batch = micro_batches[number - 1]
+    shapes = {name: list(value.shape) for name, value in batch.inputs.items()}
+    return Place(
+        rank=session.runtime.rank,
+        step=session.state.step + 1,
+        phase=f"{phase} of micro-batch {number} of {len(micro_batches)}",
+        rows=batch.rows,
+        shapes=shapes,
+        num_tokens=batch.num_tokens,
+        peaks_gib=memory.finish(),
+        device=session.runtime.device,
+        advice=session.memory_advice,
+    )
 
 
 def step(
-    session: Session, micro_batches: list[TrainBatch], max_grad_norm: float | None
+    session: Session,
+    micro_batches: list[TrainBatch],
+    max_grad_norm: float | None,
+    loss_limit: float = math.inf,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches.
 
     The gradient is that of the sum of the token losses of all ranks, divided once by the number
-    of supervised tokens of all ranks: it does not depend on how the rows are split.
+    of supervised tokens of all ranks: it does not depend on how the rows are split. A loss above
+    `loss_limit` changes nothing, as one that is not finite.
     """
     runtime, model = session.runtime, session.model
     supervised, tokens = runtime.totals(
@@ -184,17 +235,18 @@ def step(
         ]
     )
     sums = _accumulate(session, micro_batches, supervised)
-    session.memory.enter("optimizer")
+    session.enter("optimizer")
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    stop = float(runtime.stop.requested)
+    stop = float(runtime.stop.received)
     failed = float(session.save_failed())
     shared = runtime.table([*sums.sum(0), grad_norm, stop, failed, supervised, tokens])
     *totals, _, _, _, _, _ = (sum(column) for column in zip(*shared, strict=True))
     *_, grad_norm, _, _, supervised, tokens = shared[0]
     loss, token_accuracy, entropy = (total / supervised for total in totals)
     # Agreed by all ranks before anything changes. The norm is the same on all, the losses are not.
-    updated = math.isfinite(loss) and all(math.isfinite(row[3]) for row in shared)
+    finite = math.isfinite(loss) and all(math.isfinite(row[3]) for row in shared)
+    updated = finite and loss <= loss_limit
     if updated:
         for group in session.optimizer.param_groups:
             group["lr"] = session.learning_rate(session.state.step)
@@ -211,9 +263,10 @@ def step(
         tokens=int(tokens),
         peaks_gib=[dict(zip(PHASES, row, strict=True)) for row in rows],
         updated=updated,
-        suspects=[] if updated else _suspects(runtime, micro_batches, sums[:, 0]),
-        stop_requested=any(row[4] for row in shared),
+        suspects=[] if updated else _suspects(runtime, micro_batches, sums[:, 0], loss_limit),
+        stop_requested=runtime.stop.agree([row[4] for row in shared]),
         save_failed=any(row[5] for row in shared),
+        spike=finite and not updated,
     )
 
 
@@ -225,17 +278,17 @@ def _accumulate(
     Returns [micro-batches, 3]: summed loss, correct tokens, summed entropy; the latter two are NaN
     where the model's loss does not come with them.
     """
-    runtime, model, memory = session.runtime, session.model, session.memory
+    runtime, model = session.runtime, session.model
     sums: list[torch.Tensor] = []
     for number, batch in enumerate(micro_batches, start=1):
-        memory.enter("forward")
+        session.enter("forward")
         with runtime.gradient_sync(model, number == len(micro_batches)):
             options = session.forward_options | session.look_ahead(batch)
             batch = batch.to(runtime.device)
             output = model(**batch.inputs, labels=batch.labels, **options)
             # The model returns the mean over this micro-batch.
             micro_sum = output.loss.double() * batch.num_supervised_tokens
-            memory.enter("backward")
+            session.enter("backward")
             # DDP averages gradients over the ranks; the factor makes it a sum again.
             runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
         sums.append(torch.stack([micro_sum.detach(), *_token_sums(output)]))
@@ -290,7 +343,9 @@ def _record(
         "train/tokens_per_second": result.tokens / seconds,
         "train/step_seconds": seconds,
         "train/data_wait_fraction": waited / seconds,
-        "train/nonfinite_steps": session.state.nonfinite_steps + (not result.updated),
+        "train/nonfinite_steps": session.state.nonfinite_steps
+        + (not result.updated and not result.spike),
+        "train/spike_steps": session.state.spike_steps + result.spike,
     }
     for name in ("token_accuracy", "entropy"):
         if getattr(result, name) is not None:
@@ -306,30 +361,42 @@ def _record(
 
 
 def _suspects(
-    runtime: Runtime, micro_batches: list[TrainBatch], loss_sums: torch.Tensor
+    runtime: Runtime, micro_batches: list[TrainBatch], loss_sums: torch.Tensor, loss_limit: float
 ) -> list[str]:
-    pairs = list(zip(micro_batches, loss_sums, strict=True))
-    mine = [row for batch, loss in pairs if not torch.isfinite(loss) for row in batch.rows]
+    mine = []
+    for batch, loss_sum in zip(micro_batches, loss_sums.tolist(), strict=True):
+        loss = loss_sum / max(1, batch.num_supervised_tokens)
+        if not math.isfinite(loss) or loss > loss_limit:
+            mine += batch.rows
     suspects = runtime.collect(mine)
     return suspects or runtime.collect([row for batch in micro_batches for row in batch.rows])
 
 
-def _count_nonfinite(
-    session: Session, result: StepResult, record: dict[str, Any], budget: int
+def _count_left_out(
+    session: Session, result: StepResult, record: dict[str, Any], config: LoopConfig
 ) -> None:
     """Count a step whose update was left out; log it and raise when there were too many."""
     state = session.state
-    state.nonfinite_steps += 1
+    if result.spike:
+        state.spike_steps += 1
+        count, budget = state.spike_steps, config.max_spike_steps
+        what = f"a spike (loop.spike_sigma={config.spike_sigma:g})"
+        remedy = "lower optim.lr, or raise loop.spike_sigma or loop.max_spike_steps"
+    else:
+        state.nonfinite_steps += 1
+        count, budget = state.nonfinite_steps, config.max_nonfinite_steps
+        what = "not finite"
+        remedy = "lower optim.lr, or use float32 (model.dtype=float32)"
     message = (
-        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so "
-        f"nothing was updated ({state.nonfinite_steps} such steps, {budget} allowed). "
+        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: {what}, so "
+        f"nothing was updated ({count} such steps, {budget} allowed). "
         f"Rows: {'; '.join(result.suspects)}"
     )
-    if state.nonfinite_steps > budget:
+    if count > budget:
         session.log(record)
         raise TrainingError(
-            f"{message}\nThe run stops. Look at these rows, lower optim.lr, or use float32 "
-            "(model.dtype=float32). The last checkpoint is from before this step."
+            f"{message}\nThe run stops. Look at these rows, {remedy}. "
+            "The last checkpoint is from before this step."
         )
     if session.runtime.is_main:
         print(message, flush=True)

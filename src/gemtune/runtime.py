@@ -1,11 +1,9 @@
-"""The processes of a run: devices, seeds, agreement between ranks, signals, the run folder."""
+"""The processes of a run: devices, seeds, agreement between ranks, the run folder."""
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gemtune.errors import ConfigError
 from gemtune.options import option, require_choice, require_range
+from gemtune.signals import StopSignal
+from gemtune.status import StatusFile
+from gemtune.watchdog import Watchdog
+
+# The watchdog speaks first: it names the rank.
+_WATCHDOG_FIRST_SECONDS = 30
 
 
 @dataclass
@@ -35,7 +39,12 @@ class RunSettings:
         "auto", "auto: go on from the newest checkpoint; never: start anew; or a checkpoint folder"
     )
 
+    grace_seconds: float | None = option(
+        300.0, "from SIGTERM to the end, else the run counts as hung; null: any time"
+    )
+
     def __post_init__(self) -> None:
+        require_range("run.grace_seconds", self.grace_seconds, above=0)
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ConfigError(f"run.name={self.name!r} must be a plain folder name.")
         require_range("run.seed", self.seed, at_least=0)
@@ -52,39 +61,15 @@ class ParallelConfig:
     mixed_precision: str = option(
         "no", "no, or bf16: matrix products in bfloat16 whatever the weights are (autocast)"
     )
-    timeout_seconds: int = option(1800, "a collective that takes longer ends the run")
+    timeout_seconds: int = option(
+        1800, "a rank that makes no progress for so long (in training) ends the run"
+    )
+    heartbeat_seconds: float = option(120.0, "a rank that does not answer for so long ends the run")
 
     def __post_init__(self) -> None:
         require_choice("parallel.mixed_precision", self.mixed_precision, ["no", "bf16"])
         require_range("parallel.timeout_seconds", self.timeout_seconds, at_least=1)
-
-
-class StopSignal:
-    """Ctrl-C: the first asks for a stop at the next step boundary, the second stops at once.
-
-    Signals within a second of the first count as the same one: the terminal and torchrun both
-    send it.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._first_at = 0.0
-        self._process = os.getpid()
-
-    def install(self, say: Any) -> None:
-        """Take over SIGINT; `say` prints one line."""
-
-        def handler(*_: object) -> None:
-            if os.getpid() != self._process:
-                return  # a loader worker, forked with this handler: its parent will end it
-            now = time.monotonic()
-            if self.requested and now - self._first_at > 1:
-                raise KeyboardInterrupt
-            if not self.requested:
-                self.requested, self._first_at = True, now
-                say("Ctrl-C: saving at the end of this step. Press it again to stop at once.")
-
-        signal.signal(signal.SIGINT, handler)
+        require_range("parallel.heartbeat_seconds", self.heartbeat_seconds, at_least=1)
 
 
 @dataclass
@@ -94,6 +79,8 @@ class Runtime:
     accelerator: Accelerator
     run_dir: Path
     stop: StopSignal = field(default_factory=StopSignal)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    status: StatusFile = field(default_factory=StatusFile)
 
     @property
     def rank(self) -> int:
@@ -160,6 +147,12 @@ class Runtime:
         """The lists of all ranks joined, in the order of the ranks."""
         return gather_object(items) if self.world_size > 1 else items
 
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop, also since the last step; decided for all."""
+        if self.stop.agreed is None:
+            self.stop.agree(self.collect([self.stop.received]))
+        return self.stop.agreed is not None
+
     def wait_for_everyone(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -180,7 +173,9 @@ def start(settings: RunSettings, parallel: ParallelConfig) -> Runtime:
         cpu=not torch.cuda.is_available(),
         mixed_precision=parallel.mixed_precision,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout_seconds))
+            InitProcessGroupKwargs(
+                timeout=timedelta(seconds=parallel.timeout_seconds + _WATCHDOG_FIRST_SECONDS)
+            )
         ],
     )
     seed_everything(settings.seed)

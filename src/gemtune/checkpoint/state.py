@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     nonfinite_steps: int = 0
+    spike_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of applied steps, the oldest first: what the spike guard compares with."""
     tokens_seen: int = 0
     first_eval_loss: float | None = None
     """Loss of the starting model on the evaluation rows."""

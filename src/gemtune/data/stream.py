@@ -12,6 +12,7 @@ from gemtune.data.collate import Batch
 from gemtune.data.dataset import ChatDataset
 from gemtune.data.order import micro_batches
 from gemtune.errors import DataError
+from gemtune.signals import leave_to_parent
 
 
 @dataclass
@@ -36,6 +37,7 @@ class BatchStream:
             sampler=range(first_step, num_steps),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=leave_to_parent,
             # The loader draws a seed for its workers; from its own generator, so that the model's
             # random numbers are the same with and without workers.
             generator=torch.Generator(),

@@ -95,6 +95,13 @@ class PeakTracker:
         self._meter = _meter_for(device)
         self._phase: str | None = None
         self._peaks = dict.fromkeys(PHASES, -1)
+        self.num_forwards = 0
+        """Forward phases begun in this step: the number of the micro-batch."""
+
+    @property
+    def phase(self) -> str:
+        """The running phase."""
+        return self._phase or "between phases"
 
     @property
     def source(self) -> str:
@@ -105,6 +112,7 @@ class PeakTracker:
         """Begin a phase, one of `PHASES`."""
         self._close()
         self._phase = phase
+        self.num_forwards += phase == "forward"
         self._meter.reset()
 
     def begin_loss_after(self, module: nn.Module) -> RemovableHandle:
@@ -121,6 +129,7 @@ class PeakTracker:
         self._close()
         peaks = {p: b / GIB if b >= 0 else math.nan for p, b in self._peaks.items()}
         self._peaks = dict.fromkeys(PHASES, -1)
+        self.num_forwards = 0
         return peaks
 
     def _close(self) -> None:
