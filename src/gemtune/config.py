@@ -25,8 +25,9 @@ from gemtune.loop import LoopConfig
 from gemtune.models import ModelConfig
 from gemtune.optim import AdamW, Schedule
 from gemtune.options import did_you_mean, option
+from gemtune.parallel import ParallelConfig
 from gemtune.patches.catalogue import available, patch_class
-from gemtune.runtime import ParallelConfig, RunSettings
+from gemtune.runtime import RunSettings
 from gemtune.tracking import TrackerConfig
 
 # `_target_` chooses a dataclass; nothing outside this namespace is ever imported for it.

@@ -15,6 +15,7 @@ from gemtune.checkpoint.state import TrainState
 from gemtune.errors import ConfigError, TrainingError
 from gemtune.memory import PHASES, PeakTracker
 from gemtune.options import option, require_range
+from gemtune.parallel.gradients import clip_gradients
 from gemtune.runtime import Runtime
 
 
@@ -91,13 +92,16 @@ class Session:
     log: Callable[[dict[str, Any]], None]
     """Takes the record of every step."""
     evaluation_batches: Callable[[], Iterable[TrainBatch]]
-    """This rank's share of the evaluation rows."""
+    """This rank's share of the evaluation rows; where forwards are joint, as many as other ranks,
+    those in excess without supervised tokens."""
     save: Callable[[], None]
     """Writes a checkpoint, or begins to; raises what went wrong with an earlier one."""
     save_failed: Callable[[], bool] = lambda: False
     """Whether a checkpoint that is written in the background has failed on this rank."""
     look_ahead: Callable[[TrainBatch], dict[str, Any]] = lambda batch: {}
     """Sees every batch while it is on the CPU still; what it returns is passed to the model too."""
+    after_backward: Callable[[], None] = lambda: None
+    """Called when the gradients of a step are complete, before they are looked at."""
 
 
 @dataclass
@@ -184,9 +188,9 @@ def step(
         ]
     )
     sums = _accumulate(session, micro_batches, supervised)
+    session.after_backward()
     session.memory.enter("optimizer")
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    grad_norm = clip_gradients(model.parameters(), max_grad_norm)
     stop = float(runtime.stop.requested)
     failed = float(session.save_failed())
     shared = runtime.table([*sums.sum(0), grad_norm, stop, failed, supervised, tokens])
@@ -236,7 +240,7 @@ def _accumulate(
             # The model returns the mean over this micro-batch.
             micro_sum = output.loss.double() * batch.num_supervised_tokens
             memory.enter("backward")
-            # DDP averages gradients over the ranks; the factor makes it a sum again.
+            # DDP and FSDP2 average gradients over the ranks; the factor makes it a sum again.
             runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
         sums.append(torch.stack([micro_sum.detach(), *_token_sums(output)]))
         del output, micro_sum
@@ -256,7 +260,7 @@ def evaluate(session: Session) -> dict[str, float]:
 
     Empty without any; the latter only where the model's loss comes with it.
     """
-    # Not DDP's own forward: ranks may have different numbers of batches.
+    # Not DDP's own forward: ranks may have different numbers of batches there.
     model = session.runtime.unwrap(session.model)
     model.eval()
     loss_sum, correct, supervised = 0.0, 0.0, 0
@@ -264,6 +268,8 @@ def evaluate(session: Session) -> dict[str, float]:
         options = session.forward_options | session.look_ahead(batch)
         moved = batch.to(session.runtime.device)
         output = model(**moved.inputs, labels=moved.labels, **options)
+        if not batch.num_supervised_tokens:
+            continue
         loss_sum += float(output.loss) * batch.num_supervised_tokens
         correct += float(_token_sums(output)[0])
         supervised += batch.num_supervised_tokens
