@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gemtune.checkpoint import (
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.data import Batch, BatchStream, ChatDataset, prepare
-from gemtune.evaluation import exact_match, generate_answers
+from gemtune.evaluation import exact_match, generate_answers, rounds_of_rank
 from gemtune.exit_codes import DONE
 from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
@@ -33,12 +33,14 @@ from gemtune.losses import HostLabels
 from gemtune.memory import PeakTracker, advice
 from gemtune.models import (
     Processing,
+    StandInImage,
     base_model,
-    load_model,
+    encode_images_in_forward,
     load_processing,
     trained_modalities,
 )
 from gemtune.pages import closing_page, first_loss_lines, start_page
+from gemtune.parallel.construction import build_base, choose_strategy, rebuild_around
 from gemtune.patches.host_memory import host_parameters
 from gemtune.patches.ple_offload import prefetch
 from gemtune.reporting import Reporter
@@ -62,7 +64,6 @@ class Stages:
     """`base`, or an adapter around it."""
     identity: dict[str, str] | None
     """Of what is frozen in it."""
-    optimizer: torch.optim.Optimizer
     num_steps: int
 
 
@@ -93,7 +94,7 @@ def go_through(config: RunConfig, runtime: Runtime, points: list[Path]) -> int:
             ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
             point = first_undamaged(ranks, points, checkpoint_folder(config), screen.say)
         screen.say(f"reading {config.model.path} and checking {config.data.path}")
-        stages = build(config, screen)
+        stages = build(config, runtime, screen)
         # Not before: a mistake in data or model leaves no trace on the disk.
         ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
         return train_from(point, config, runtime, ranks, stages, screen)
@@ -165,8 +166,8 @@ def is_finished(runtime: Runtime, session: Session) -> bool:
     return runtime.collect([session.state.step == session.num_steps and exported])[0]
 
 
-def build(config: RunConfig, screen: Screen) -> Stages:
-    """Data -> model -> patches -> adapter -> optimizer: a bad row is found before weights load."""
+def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
+    """Data -> model -> patches -> adapter: a bad row is found before weights load."""
     processing = load_processing(config.model)
     train_rows, eval_rows = prepare(
         config.data,
@@ -176,14 +177,13 @@ def build(config: RunConfig, screen: Screen) -> Stages:
         screen.checking,
     )
     num_steps = config.loop.num_steps(len(train_rows))
-    base = load_model(config.model, processing, config.run.seed)
+    runtime.strategy = choose_strategy(config, runtime, processing)
+    base = build_base(config, runtime, processing)
     report = patches.apply(base, config.patches)
     model = adapters.attach(base, config.adapter)
-    identity = base_identity(model)
-    optimizer = config.optim.build(model)
-    return Stages(
-        processing, train_rows, eval_rows, base, report, model, identity, optimizer, num_steps
-    )
+    # Sharded, rank 0 alone has weights to tell.
+    identity = runtime.collect([base_identity(model)])[0]
+    return Stages(processing, train_rows, eval_rows, base, report, model, identity, num_steps)
 
 
 def open_session(
@@ -195,30 +195,33 @@ def open_session(
     screen: Screen,
 ) -> tuple[Session, Reporter, CheckpointWriter]:
     """Distribute -> restore -> open the run folder, its metrics and the dashboard."""
-    # A batch of text alone gives the vision tower no gradient; nothing here feeds the audio tower.
     trained = trained_modalities(stages.model)
-    text_alone = "vision" in trained and not stages.train_rows.every_row_has_images
     model = runtime.distribute(
         stages.model,
-        find_unused_parameters=text_alone or "audio" in trained,
+        find_unused_parameters="audio" in trained,  # nothing here feeds the audio tower
         on_host=host_parameters(stages.model),
+        base=stages.base,
     )
+    if runtime.is_sharded:
+        encode_images_in_forward(stages.base)
+    optimizer = config.optim.build(stages.model)
     runtime.seed_training(config.run.seed)
-    state, writer = restore_from(point, config, runtime, ranks, stages, runtime.unwrap(model))
+    state, writer = restore_from(
+        point, config, runtime, ranks, stages, runtime.unwrap(model), optimizer
+    )
     ranks.all_or_none(lambda: open_folder(config, point) if runtime.is_main else None)
     runtime.status.open(runtime.run_dir, step=state.step, writes=runtime.is_main)
     reporter = Reporter(runtime, config, state, screen)
 
-    forward_options: dict[str, bool] = {"use_cache": False}
     loss_alone = not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(config.patches)
-    if loss_alone:
-        forward_options["skip_logits"] = True  # in evaluation too
+    # Without logits in evaluation too.
+    forward_options = {"use_cache": False} | ({"skip_logits": True} if loss_alone else {})
     memory = PeakTracker(runtime.device)
     memory.begin_loss_after(base_model(stages.base))
     session = Session(
         runtime=runtime,
         model=model,
-        optimizer=stages.optimizer,
+        optimizer=optimizer,
         learning_rate=lambda step: config.optim.lr * config.schedule.ratio(step, stages.num_steps),
         memory=memory,
         forward_options=forward_options,
@@ -226,7 +229,7 @@ def open_session(
         num_steps=stages.num_steps,
         log=reporter.training,
         evaluation_batches=lambda: evaluation_batches(config, runtime, stages.eval_rows),
-        memory_advice=memory_advice(config, runtime.world_size),
+        memory_advice=memory_advice(config, runtime),
         save=lambda: reporter.figures(writer.save()),
         save_failed=lambda: writer.has_failed,
     )
@@ -238,6 +241,11 @@ def open_session(
         return {"host_labels": HostLabels(batch.labels)} if loss_alone else {}
 
     session.look_ahead = look_ahead
+    if "vision" in trained and runtime.world_size > 1:
+        # A batch of text alone gives the vision tower no gradient, a batch of another rank may.
+        stand_in = StandInImage(stages.base, without_autograd=runtime.is_sharded)
+        if not stages.train_rows.every_row_has_images:
+            session.after_backward = lambda: stand_in.forget_unfed(runtime.on_any)
     return session, reporter, writer
 
 
@@ -248,9 +256,9 @@ def restore_from(
     ranks: Ranks,
     stages: Stages,
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[TrainState, CheckpointWriter]:
     """Counters, parameters and optimizer as they were at `point`; and what writes the next one."""
-    optimizer = stages.optimizer
     state = TrainState(run_id=new_run_id())
     if point is not None:
         run_dir, base = runtime.run_dir, stages.identity
@@ -273,7 +281,7 @@ def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
     }
 
 
-def memory_advice(config: RunConfig, world_size: int) -> list[str]:
+def memory_advice(config: RunConfig, runtime: Runtime) -> list[str]:
     """What of this configuration to change when memory runs out."""
     candidates = [*patches.default(), "ple_offload", "vision_streaming"]
     return advice(
@@ -282,8 +290,8 @@ def memory_advice(config: RunConfig, world_size: int) -> list[str]:
         gradient_checkpointing=config.model.gradient_checkpointing,
         patches_off=[name for name in candidates if name not in config.patches],
         adapter=type(config.adapter) is not adapters.Adapter,
-        world_size=world_size,
-        sharded=getattr(config.parallel, "strategy", "ddp") == "fsdp2",
+        world_size=runtime.world_size,
+        sharded=runtime.is_sharded,
         mixed_precision=config.parallel.mixed_precision != "no",
     )
 
@@ -305,10 +313,10 @@ def batch_stream(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> Batc
 
 def evaluation_batches(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> Iterator[Batch]:
     """This rank's share of the evaluation rows."""
-    mine = range(runtime.rank, len(rows), runtime.world_size)
     size = config.loop.eval_micro_batch_size
-    for first in range(0, len(mine), size):
-        yield rows.batch([rows[i] for i in mine[first : first + size]])
+    for numbers, count in rounds_of_rank(runtime, len(rows), size):
+        batch = rows.batch([rows[i] for i in numbers])
+        yield batch if count else replace(batch, num_supervised_tokens=0)
 
 
 def conclude(
@@ -331,9 +339,13 @@ def conclude(
     metrics |= exact_match(answers)
     reporter.figures(metrics)
     reporter.answers(answers)
-    if runtime.is_main:
+    if runtime.is_sharded:
+        model = rebuild_around(session.model, config, stages.processing)
+    else:
+        model = runtime.release(session.model) if runtime.is_main else None
+    if model is not None:
         export_model(
-            adapters.merge(runtime.release(session.model)),
+            adapters.merge(model),
             stages.processing.tokenizer,
             stages.processing.image_processor,
             runtime.run_dir / MODEL_FOLDER,

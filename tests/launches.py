@@ -94,7 +94,10 @@ class Launch:
         return self.process.returncode, output
 
     def kill(self) -> None:
-        """Everything of the launch, also what was stopped."""
+        """Everything of the launch, also what was stopped; workers are in groups of their own."""
+        for pid in descendants(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +68,15 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     with warnings.catch_warnings():
         # peft asks for it under its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    # peft before 0.21 calls the forward of the model inside, past the hooks by which FSDP2 gathers.
+    tuner = adapted.base_model
+    vars(tuner)["forward"] = MethodType(_call_inside, tuner)
+    return adapted
+
+
+def _call_inside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self.model(*args, **kwargs)
 
 
 def lora_targets(model: nn.Module, parts: Iterable[str]) -> list[str]:

@@ -21,12 +21,13 @@ from gemtune.adapters import Adapter
 from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.data import DataConfig
 from gemtune.errors import ConfigError
-from gemtune.loop import LoopConfig
+from gemtune.loop_config import LoopConfig
 from gemtune.models import ModelConfig
 from gemtune.optim import AdamW, Schedule
 from gemtune.options import did_you_mean, option
+from gemtune.parallel import ParallelConfig
 from gemtune.patches.catalogue import available, patch_class
-from gemtune.runtime import ParallelConfig, RunSettings
+from gemtune.runtime import RunSettings
 from gemtune.tracking import TrackerConfig
 
 # `_target_` chooses a dataclass; nothing outside this namespace is ever imported for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,23 @@ class Answer:
         return self.generated == self.expected
 
 
+def rounds_of_rank(
+    runtime: Runtime, num_rows: int, batch_size: int
+) -> Iterator[tuple[list[int], bool]]:
+    """(rows of a batch, whether they count): this rank's share of the first `num_rows` rows.
+
+    Where forwards are joint every rank gets as many batches, in excess ones that do not count.
+    """
+    shares = [range(rank, num_rows, runtime.world_size) for rank in range(runtime.world_size)]
+    mine = shares[runtime.rank]
+    for first in range(0, len(mine), batch_size):
+        yield list(mine[first : first + batch_size]), True
+    if runtime.is_sharded:
+        # Rank 0 has the largest share.
+        for _ in range(len(mine[::batch_size]), len(shares[0][::batch_size])):
+            yield [0], False
+
+
 @torch.no_grad()
 def generate_answers(
     runtime: Runtime,
@@ -45,10 +63,8 @@ def generate_answers(
     model.eval()
     tokenizer = dataset.encoder.tokenizer
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<turn|>")]
-    mine = list(range(runtime.rank, num_rows, runtime.world_size))
     answers: list[Answer] = []
-    for first in range(0, len(mine), batch_size):
-        rows = mine[first : first + batch_size]
+    for rows, count in rounds_of_rank(runtime, num_rows, batch_size):
         prompts = [dataset.prompt(row) for row in rows]
         # Left padding: every answer begins at the same place.
         batch = dataset.batch([prompt for prompt, _ in prompts], padding_side="left")
@@ -61,7 +77,11 @@ def generate_answers(
                 use_cache=True,
                 eos_token_id=stop_ids,
                 pad_token_id=tokenizer.pad_token_id,
+                # Ranks that are done go on for those that are not: their weights are needed.
+                synced_gpus=runtime.is_sharded,
             )
+        if not count:
+            continue
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         for row, (prompt, expected), text in zip(rows, prompts, texts, strict=True):

@@ -12,63 +12,12 @@ import torch
 from torch import nn
 
 from gemtune.checkpoint.state import TrainState
-from gemtune.errors import ConfigError, TrainingError
+from gemtune.errors import TrainingError
+from gemtune.loop_config import LoopConfig
 from gemtune.memory import PHASES, PeakTracker, Place, reported_when_out_of_memory
-from gemtune.options import option, require_range
+from gemtune.parallel.gradients import clip_gradients
 from gemtune.runtime import Runtime
-from gemtune.skipped_steps import SPIKE_MIN_STEPS, remember_loss, spike_limit
-
-
-@dataclass
-class LoopConfig:
-    """How long, how many rows at a time, and how often things happen."""
-
-    max_steps: int | None = option(None, "optimizer steps; null: decided by max_epochs")
-    max_epochs: float = option(1.0, "passes over the data, where max_steps is null")
-    global_batch_size: int = option(32, "rows of an optimizer step, over all processes")
-    micro_batch_size: int = option(4, "rows of one forward pass; no effect on the gradient")
-    max_grad_norm: float | None = option(1.0, "gradients are scaled down to it; null: never")
-    max_nonfinite_steps: int = option(3, "steps with a NaN or infinity before the run stops")
-    spike_sigma: float | None = option(
-        None, "a step whose loss is so many standard deviations above recent ones is left out"
-    )
-    spike_window_steps: int = option(128, "recent steps that spike_sigma compares with")
-    max_spike_steps: int = option(10, "steps left out as spikes before the run stops")
-    log_every_steps: int = option(10, "steps between lines and dashboard points")
-    eval_every_steps: int | None = option(None, "steps between evaluations; null: start and end")
-    eval_micro_batch_size: int = option(32, "rows of one forward pass in evaluation")
-
-    def __post_init__(self) -> None:
-        require_range("loop.max_steps", self.max_steps, at_least=1)
-        require_range("loop.max_epochs", self.max_epochs, above=0)
-        require_range("loop.max_grad_norm", self.max_grad_norm, above=0)
-        require_range("loop.max_nonfinite_steps", self.max_nonfinite_steps, at_least=0)
-        require_range("loop.spike_sigma", self.spike_sigma, above=0)
-        require_range("loop.spike_window_steps", self.spike_window_steps, at_least=SPIKE_MIN_STEPS)
-        require_range("loop.max_spike_steps", self.max_spike_steps, at_least=0)
-        require_range("loop.eval_every_steps", self.eval_every_steps, at_least=1)
-        for key in (
-            "global_batch_size",
-            "micro_batch_size",
-            "log_every_steps",
-            "eval_micro_batch_size",
-        ):
-            require_range(f"loop.{key}", getattr(self, key), at_least=1)
-
-    def num_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the run for a data set of that size."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(1, math.ceil(self.max_epochs * num_rows / self.global_batch_size))
-
-    def check_world_size(self, world_size: int) -> None:
-        """Every rank must get the same number of rows."""
-        if self.global_batch_size % world_size:
-            below = self.global_batch_size // world_size * world_size
-            raise ConfigError(
-                f"loop.global_batch_size={self.global_batch_size} cannot be shared evenly by "
-                f"{world_size} processes. Use {below or world_size} or {below + world_size}."
-            )
+from gemtune.skipped_steps import remember_loss, spike_limit
 
 
 class TrainBatch(Protocol):
@@ -100,7 +49,8 @@ class Session:
     log: Callable[[dict[str, Any]], None]
     """Takes the record of every step."""
     evaluation_batches: Callable[[], Iterable[TrainBatch]]
-    """This rank's share of the evaluation rows."""
+    """This rank's share of the evaluation rows; where forwards are joint, as many as other ranks,
+    those in excess without supervised tokens."""
     save: Callable[[], None]
     """Writes a checkpoint, or begins to; raises what went wrong with an earlier one."""
     save_failed: Callable[[], bool] = lambda: False
@@ -109,6 +59,8 @@ class Session:
     """Sees every batch while it is on the CPU still; what it returns is passed to the model too."""
     memory_advice: Sequence[str] = ()
     """What to change when memory runs out."""
+    after_backward: Callable[[], None] = lambda: None
+    """Called when the gradients of a step are complete, before they are looked at."""
 
     def enter(self, phase: str) -> None:
         """A phase of the step begins: memory and the watchdog follow."""
@@ -235,9 +187,9 @@ def step(
         ]
     )
     sums = _accumulate(session, micro_batches, supervised)
+    session.after_backward()
     session.enter("optimizer")
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    grad_norm = clip_gradients(model.parameters(), max_grad_norm)
     stop = float(runtime.stop.received)
     failed = float(session.save_failed())
     shared = runtime.table([*sums.sum(0), grad_norm, stop, failed, supervised, tokens])
@@ -289,7 +241,7 @@ def _accumulate(
             # The model returns the mean over this micro-batch.
             micro_sum = output.loss.double() * batch.num_supervised_tokens
             session.enter("backward")
-            # DDP averages gradients over the ranks; the factor makes it a sum again.
+            # DDP and FSDP2 average gradients over the ranks; the factor makes it a sum again.
             runtime.accelerator.backward(micro_sum * (runtime.world_size / supervised))
         sums.append(torch.stack([micro_sum.detach(), *_token_sums(output)]))
         del output, micro_sum
@@ -309,7 +261,7 @@ def evaluate(session: Session) -> dict[str, float]:
 
     Empty without any; the latter only where the model's loss comes with it.
     """
-    # Not DDP's own forward: ranks may have different numbers of batches.
+    # Not DDP's own forward: ranks may have different numbers of batches there.
     model = session.runtime.unwrap(session.model)
     model.eval()
     loss_sum, correct, supervised = 0.0, 0.0, 0
@@ -317,6 +269,8 @@ def evaluate(session: Session) -> dict[str, float]:
         options = session.forward_options | session.look_ahead(batch)
         moved = batch.to(session.runtime.device)
         output = model(**moved.inputs, labels=moved.labels, **options)
+        if not batch.num_supervised_tokens:
+            continue
         loss_sum += float(output.loss) * batch.num_supervised_tokens
         correct += float(_token_sums(output)[0])
         supervised += batch.num_supervised_tokens

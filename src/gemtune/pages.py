@@ -42,6 +42,7 @@ def start_page(
         *_dtype_warning(config),
         *_data_rows(config, built),
         ("training", _training(config, runtime, session.num_steps), ""),
+        ("processes", runtime.strategy.describe(runtime.world_size), ""),
     ]
     for number, row in enumerate(built.report.rows):
         text = f"{row.name}: {row.status} ({row.reason})"

@@ -19,7 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gemtune.errors import ConfigError
-from gemtune.options import option, require_choice, require_range
+from gemtune.options import option, require_range
+from gemtune.parallel import ParallelConfig, Strategy, refuse_foreign_sharding
+from gemtune.parallel.fsdp import shard
+from gemtune.parallel.units import find_units
 from gemtune.signals import StopSignal
 from gemtune.status import StatusFile
 from gemtune.watchdog import Watchdog
@@ -55,24 +58,6 @@ class RunSettings:
 
 
 @dataclass
-class ParallelConfig:
-    """How the model is spread over processes: one full copy in each (DDP)."""
-
-    mixed_precision: str = option(
-        "no", "no, or bf16: matrix products in bfloat16 whatever the weights are (autocast)"
-    )
-    timeout_seconds: int = option(
-        1800, "a rank that makes no progress for so long (in training) ends the run"
-    )
-    heartbeat_seconds: float = option(120.0, "a rank that does not answer for so long ends the run")
-
-    def __post_init__(self) -> None:
-        require_choice("parallel.mixed_precision", self.mixed_precision, ["no", "bf16"])
-        require_range("parallel.timeout_seconds", self.timeout_seconds, at_least=1)
-        require_range("parallel.heartbeat_seconds", self.heartbeat_seconds, at_least=1)
-
-
-@dataclass
 class Runtime:
     """This process among the others of the run."""
 
@@ -81,6 +66,12 @@ class Runtime:
     stop: StopSignal = field(default_factory=StopSignal)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: StatusFile = field(default_factory=StatusFile)
+    strategy: Strategy = field(default_factory=Strategy)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Each forward is then a joint one: every rank has to make as many as the others."""
+        return self.strategy.is_sharded and self.world_size > 1
 
     @property
     def rank(self) -> int:
@@ -99,14 +90,33 @@ class Runtime:
         return self.accelerator.device
 
     def distribute(
-        self, model: nn.Module, *, find_unused_parameters: bool, on_host: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        *,
+        find_unused_parameters: bool,
+        on_host: Sequence[str] = (),
+        base: nn.Module | None = None,
     ) -> nn.Module:
-        """On the device, under autocast where asked, wrapped for DDP where there are processes.
+        """On the device, under autocast where asked, and wrapped for DDP or sharded (FSDP2) where
+        there are processes. Optimizers are made after it: sharding replaces the parameters.
 
         DDP waits for ever for a parameter that got no gradient on one rank, unless it looks for
         such parameters, which costs a walk over the graph in each step. `on_host` are the names
-        of frozen parameters that stay in host memory.
+        of frozen parameters that stay in host memory. FSDP2 shards `base`, which holds all
+        parameters: `model` itself, or what an adapter is around.
         """
+        if self.is_sharded:
+            root = base or model
+            # Names as the base has them; an adapter puts its own in front.
+            names = {id(parameter): name for name, parameter in root.named_parameters()}
+            host_names = [names[id(model.get_parameter(name))] for name in on_host]
+            mixed_precision = self.accelerator.mixed_precision
+            units = find_units(root, host_names)
+            shard(root, units, self.device, mixed_precision=mixed_precision)
+            # Autocast; not DDP's wrapper.
+            return self.accelerator.prepare_model(
+                model, device_placement=False, evaluation_mode=True
+            )
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=find_unused_parameters, broadcast_buffers=False
         )
@@ -120,7 +130,7 @@ class Runtime:
         return self.accelerator.prepare(model)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model inside DDP, still under autocast where that was asked for."""
+        """The model without DDP around it, still under autocast where that was asked for."""
         return self.accelerator.unwrap_model(model)
 
     def release(self, model: nn.Module) -> nn.Module:
@@ -153,6 +163,10 @@ class Runtime:
             self.stop.agree(self.collect([self.stop.received]))
         return self.stop.agreed is not None
 
+    def on_any(self, flag: bool) -> bool:
+        """Whether it is set on some rank. Waits for the GPU."""
+        return bool(self.totals([float(flag)]).item())
+
     def wait_for_everyone(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -178,6 +192,7 @@ def start(settings: RunSettings, parallel: ParallelConfig) -> Runtime:
             )
         ],
     )
+    refuse_foreign_sharding(accelerator.distributed_type.value)
     seed_everything(settings.seed)
     return Runtime(accelerator, settings.folder)
 

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from sealed import seal
 from whole_runs import CONFIGS, REPOSITORY, SMALL, RunFolder, TrainRun
 
@@ -84,6 +86,21 @@ def test_the_same_losses_and_the_same_after_ctrl_c(train_run: TrainRun, tmp_path
     for ours, theirs in zip(fewer.metrics(), whole.metrics(), strict=True):
         assert ours.get("train/supervised_tokens") == theirs.get("train/supervised_tokens")
     assert list(fewer.losses().items())[:done] == list(whole.losses().items())[:done]
+
+
+def test_sharded_from_launch_to_export(train_run: TrainRun, tmp_path: Path) -> None:
+    status, output = finish(launch(tmp_path, *SMOOTH, "parallel=fsdp2"))
+    assert status == 0, output
+    assert "fsdp2: 2 shards of the model (as asked for)" in output
+    run, alone = RunFolder(tmp_path / "run", status), train_run(*SMOOTH)
+    assert run.losses() == pytest.approx(alone.losses(), rel=1e-5)
+    answers = (run.path / "answers.jsonl").read_text().splitlines()
+    assert sorted(answers) == sorted((alone.path / "answers.jsonl").read_text().splitlines())
+    model = load_file(str(run.path / "model" / "model.safetensors"))
+    theirs = load_file(str(alone.path / "model" / "model.safetensors"))
+    assert model.keys() == theirs.keys()
+    for name, tensor in model.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 def interrupt(run_dir: Path) -> RunFolder:

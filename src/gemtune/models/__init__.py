@@ -5,18 +5,23 @@ from gemtune.models.parts import (
     PARTS,
     base_model,
     freeze,
+    part_of,
     part_parameters,
     trained_modalities,
 )
+from gemtune.models.stand_in import StandInImage, encode_images_in_forward
 
 __all__ = [
     "PARTS",
     "ModelConfig",
     "Processing",
+    "StandInImage",
     "base_model",
+    "encode_images_in_forward",
     "freeze",
     "load_model",
     "load_processing",
+    "part_of",
     "part_parameters",
     "trained_modalities",
 ]

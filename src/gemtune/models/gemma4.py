@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.resources
 import sys
 from dataclasses import dataclass
@@ -98,14 +100,22 @@ def load_processing(config: ModelConfig) -> Processing:
     return Processing(tokenizer, image_processor, model_config, source, hub, processor_file)
 
 
-def load_model(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
+def load_model(
+    config: ModelConfig, processing: Processing, seed: int, *, without_weights: bool = False
+) -> nn.Module:
     """The model on the CPU, in training mode, with parts frozen.
+
+    `without_weights`: on the meta device, where tensors have no values and take no memory.
 
     Raises:
         ModelError: the weights cannot be read.
     """
     config.resolve_dtype(frozen=False)  # unless that was decided before
-    model = _build(config, processing, seed)
+    if without_weights:
+        with torch.device("meta"):
+            model = _skeleton(config, processing)
+    else:
+        model = _build(config, processing, seed)
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
         # Reentrant checkpointing gives wrong gradients with KV sharing (unsloth-zoo#813).
@@ -113,29 +123,42 @@ def load_model(config: ModelConfig, processing: Processing, seed: int) -> nn.Mod
     return model.train()
 
 
-def _build(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
+def _skeleton(config: ModelConfig, processing: Processing) -> nn.Module:
+    """A model of the configuration, on torch's default device."""
     from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 
-    source, hub, model_config = processing.source, processing.hub_options, processing.model_config
+    model_config = copy.deepcopy(processing.model_config)
+    model_config._attn_implementation = _attention(config)
+    model = Gemma4ForConditionalGeneration(model_config)
+    with contextlib.suppress(OSError):  # a checkpoint without one has the settings of its config
+        model.generation_config = GenerationConfig.from_pretrained(
+            processing.source, **processing.hub_options
+        )
+    # Parameters only: buffers such as the RoPE frequencies lose accuracy in bfloat16.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(_DTYPES[config.dtype])
+    return model
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
     # A dict, because asking for SDPA as a whole is refused where there is an audio tower.
-    attention = {"text_config": config.attention, "vision_config": config.attention}
-    dtype = _DTYPES[config.dtype]
+    return {"text_config": config.attention, "vision_config": config.attention}
+
+
+def _build(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
+    from transformers import Gemma4ForConditionalGeneration
+
+    source, hub = processing.source, processing.hub_options
     if config.weights == "random":
         torch.manual_seed(seed)
-        model_config._attn_implementation = attention
-        model = Gemma4ForConditionalGeneration(model_config)
-        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
-        # Parameters only: buffers such as the RoPE frequencies lose accuracy in bfloat16.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model
+        return _skeleton(config, processing)
     model, found = _read(
         source,
         lambda: Gemma4ForConditionalGeneration.from_pretrained(
             source,
-            config=model_config,
-            dtype=dtype,
-            attn_implementation=attention,
+            config=processing.model_config,
+            dtype=_DTYPES[config.dtype],
+            attn_implementation=_attention(config),
             output_loading_info=True,
             **hub,
         ),

@@ -1,0 +1,138 @@
+"""A run on two or three ranks, sharded, does what a run in one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from sharded_runs import COMMON, Case, mostly_text, trains
+from whole_runs import SMALL, RunFolder, TrainRun, compose
+
+from gemtune import adapters
+from gemtune.models import load_model, load_processing
+
+SHARDED = "parallel=fsdp2"
+FROZEN = (
+    "loop.max_steps=6",
+    "model.freeze=[ple,vision]",
+    "model.gradient_checkpointing=true",
+    "patches=[ple_offload,vision_streaming,linear_cross_entropy,supervised_positions]",
+)
+LORA = ("loop.max_steps=6", "recipe=gemma4_lora", "adapter.parts=[language,vision]")
+READ = (
+    "loop.max_steps=4",
+    "recipe=gemma4_lora",
+    "model.weights=pretrained",
+    "model.dtype=bfloat16",
+)
+FULL = ("loop.max_steps=20", "checkpoint.every_steps=10")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    path = mostly_text(tmp_path_factory.mktemp("data") / "rows.parquet")
+    return ("loop.max_steps=8", f"data.path={path}", f"data.eval_path={path}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    on_two = {
+        "full on 2": Case((*FULL, SHARDED)),
+        "gone on": Case((*FULL, SHARDED), goes_on_from="full on 2"),
+        "frozen": Case((*FROZEN, SHARDED)),
+        "lora": Case((*LORA, SHARDED)),
+        "read": Case((*READ, f"model.path={folder}/full on 2/run/model", SHARDED)),
+        "mostly text": Case((*data, SHARDED)),
+        "mostly text under ddp": Case((*data, "parallel=ddp")),
+    }
+    on_three = {
+        "full on 3": Case((*FULL, SHARDED)),
+        "from 2 on 3": Case((*FULL, SHARDED), goes_on_from="full on 2"),
+        "mostly text on 3": Case((*data, SHARDED)),
+    }
+    run_ranks(trains, 2, on_two, str(folder), limit_seconds=400)
+    run_ranks(trains, 3, on_three, str(folder), limit_seconds=300)
+    return folder
+
+
+def check_same(run: RunFolder, alone: RunFolder) -> None:
+    """Losses, evaluation and answers."""
+    assert run.losses() == pytest.approx(alone.losses(), rel=1e-4)
+    assert [run.losses()[step] for step in (1, 2, 3)] == pytest.approx(
+        [alone.losses()[step] for step in (1, 2, 3)], rel=1e-6
+    )
+    for ours, theirs in zip(run.metrics(), alone.metrics(), strict=True):
+        for key in ("train/supervised_tokens", "train/tokens", "train/token_accuracy"):
+            assert ours.get(key) == theirs.get(key)
+        for key in ("train/grad_norm", "eval/loss", "eval/token_accuracy", "eval/exact_match"):
+            assert (key in ours) == (key in theirs)
+            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-3)
+    answers = [(r.path / "answers.jsonl").read_text().splitlines() for r in (run, alone)]
+    assert sorted(answers[0]) == sorted(answers[1]) and len(answers[0]) == 7
+
+
+def test_every_parameter_trained(runs: Path, train_run: TrainRun) -> None:
+    alone = train_run(*COMMON, *FULL)
+    losses = alone.losses()
+    assert len(losses) == 20 and losses[20] < losses[1] - 0.5
+    for name in ("full on 2", "full on 3"):
+        check_same(RunFolder(runs / name / "run", 0), alone)
+
+
+def test_going_on(runs: Path) -> None:
+    """From a checkpoint in the middle: to the bit, and on more ranks up to rounding."""
+    whole = RunFolder(runs / "full on 2" / "run", 0)
+    again = RunFolder(runs / "gone on" / "run", 0)
+    assert again.losses() == whole.losses()
+    for rank in (0, 1):
+        ours, theirs = (torch.load(run.path / f"shards{rank}.pt") for run in (again, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    check_same(RunFolder(runs / "from 2 on 3" / "run", 0), whole)
+
+
+def test_frozen_parts_in_host_memory(runs: Path, train_run: TrainRun) -> None:
+    check_same(RunFolder(runs / "frozen" / "run", 0), train_run(*COMMON, *FROZEN))
+
+
+def test_adapters(runs: Path, train_run: TrainRun) -> None:
+    check_same(RunFolder(runs / "lora" / "run", 0), train_run(*COMMON, *LORA))
+
+
+def test_adapters_on_a_checkpoint_in_bfloat16(runs: Path, train_run: TrainRun) -> None:
+    path = f"model.path={runs}/full on 2/run/model"
+    run, alone = RunFolder(runs / "read" / "run", 0), train_run(*COMMON, *READ, path)
+    assert "dtype: bfloat16" in (run.path / "config.yaml").read_text()
+    assert run.losses() == pytest.approx(alone.losses(), rel=1e-2)
+    assert run.losses()[1] == pytest.approx(alone.losses()[1], rel=1e-6)
+
+
+def test_steps_without_an_image(runs: Path, train_run: TrainRun, data: tuple[str, ...]) -> None:
+    alone = train_run(*COMMON, *data)
+    for name in ("mostly text", "mostly text on 3", "mostly text under ddp"):
+        check_same(RunFolder(runs / name / "run", 0), alone)
+
+
+@pytest.mark.parametrize("name", ["full on 3", "frozen", "lora"])
+def test_the_export_is_what_was_trained(name: str, runs: Path) -> None:
+    """From the shards as they lay on the ranks: put together, and merged here."""
+    overrides = {"full on 3": FULL, "frozen": FROZEN, "lora": LORA}[name]
+    config = compose("run.name=run", *SMALL, *COMMON, *overrides)
+    folder = runs / name / "run"
+    shards = [torch.load(file) for file in sorted(folder.glob("shards*.pt"))]
+    assert len(shards) == (3 if name.endswith("3") else 2)
+    model = load_model(config.model, load_processing(config.model), config.run.seed)
+    model = adapters.attach(model, config.adapter)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == shards[0].keys()
+    with torch.no_grad():
+        for n, parameter in trained.items():
+            parameter.copy_(torch.cat([shard[n] for shard in shards]))
+    values = adapters.merge(model).state_dict()
+    exported = load_file(str(folder / "model" / "model.safetensors"))
+    assert len(exported) > 100
+    for n, tensor in exported.items():
+        assert torch.equal(tensor, values[n]), n
