@@ -30,7 +30,7 @@ def test_goes_on_exactly(tmp_path: Path) -> None:
     other, other_optimizer = build()
     torch.manual_seed(99)
     state = read(tmp_path, checkpoint, other, other_optimizer)
-    assert state == TrainState("abc", 2, 1, 7, 2.5)
+    assert state == TrainState("abc", step=2, nonfinite_steps=1, tokens_seen=7, first_eval_loss=2.5)
     assert train(other, other_optimizer, 3) == expected
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
