@@ -42,9 +42,11 @@ def refuse(reason: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = with_unchecked_keys(sys.argv[1:])
     try:
+        sys.argv[1:] = with_unchecked_keys(sys.argv[1:])
         main()
+    except UserError as error:
+        refuse(error)
     except HydraException as error:
         refuse(explain(str(error), Path(__file__).parent / "configs"))
     except KeyboardInterrupt:

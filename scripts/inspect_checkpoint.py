@@ -19,13 +19,13 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "src"))
 
-from gemtune.checkpoint import CheckpointFolder  # noqa: E402
-from gemtune.checkpoint.disk import as_size  # noqa: E402
-from gemtune.checkpoint.folder import evaluation_loss  # noqa: E402
-from gemtune.checkpoint.manifest import is_complete, read_manifest, verify  # noqa: E402
-from gemtune.checkpoint.state import read_document  # noqa: E402
-from gemtune.checkpoint.tensors import read_index  # noqa: E402
-from gemtune.errors import CheckpointError  # noqa: E402
+from gemtune.checkpoint import CheckpointFolder
+from gemtune.checkpoint.disk import as_size
+from gemtune.checkpoint.folder import evaluation_loss
+from gemtune.checkpoint.manifest import is_complete, read_manifest, verify
+from gemtune.checkpoint.state import read_document
+from gemtune.checkpoint.tensors import read_index
+from gemtune.errors import CheckpointError
 
 
 def find(path: Path) -> list[Path]:

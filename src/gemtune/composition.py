@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+from gemtune.errors import ConfigError
 from gemtune.options import did_you_mean
 
 _KEY = re.compile(r"[a-z_]+(\.\w+)+=")
 _NO_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")
+_MULTIRUN = re.compile(r"-m|--m\w*|\+*hydra\.mode=multirun", re.IGNORECASE)
 _NO_GROUP = re.compile(r"Could not override '([^']+)'")
 
 
@@ -17,7 +20,17 @@ def with_unchecked_keys(arguments: list[str]) -> list[str]:
 
     YAML states choices only, so Hydra does not know the keys; `gemtune.config.typed` does, and
     names the nearest one when a key is misspelt.
+
+    Raises:
+        ConfigError: Hydra's multirun, in which one process would train one trial after the other.
     """
+    if multirun := next(filter(_MULTIRUN.fullmatch, arguments), None):
+        others = shlex.join(argument for argument in arguments if argument != multirun)
+        raise ConfigError(
+            f"{multirun}: train.py trains one configuration. A second one in the same process "
+            "finds the process group and the memory of the first, and hangs on several devices. "
+            f"Sweep with a process for each trial: python scripts/sweep.py {others}"
+        )
     return [f"++{argument}" if _KEY.match(argument) else argument for argument in arguments]
 
 
@@ -42,4 +55,8 @@ def explain(message: str, config_dir: Path) -> str:
             f"{key}: there is no such group.{did_you_mean(key, groups)} "
             f"Groups: {', '.join(groups)}. Keys have a dot: optim.lr=1e-3."
         )
+    # Of `optim.lr=1e-4,3e-4`: Hydra takes a comma for a sweep.
+    message = message.replace(
+        "add --multirun to your command line", "run scripts/sweep.py in the place of train.py"
+    ).replace("'++", "'")
     return message.partition("\nConfig search path:")[0].rstrip()
