@@ -18,6 +18,8 @@ _LOST_CONNECTION = re.compile(
     r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket|peer|remote process", re.I
 )
 
+_ASKED_TO_STOP_SECONDS = 10.0
+
 
 @contextmanager
 def guarded(runtime: Runtime, limits: Limits) -> Iterator[None]:
@@ -46,9 +48,15 @@ def guarded(runtime: Runtime, limits: Limits) -> Iterator[None]:
         stop.ending()
         lost = isinstance(error, Exception) and bool(_LOST_CONNECTION.search(str(error)))
         ours = isinstance(error, UserError | KeyboardInterrupt)
-        verdict = None if ours else watchdog.failure_elsewhere(lost_connection=lost)
+        # One that was asked to stop as well need not wait long: the other may have left for that.
+        patience = _ASKED_TO_STOP_SECONDS if stop.requested else None
+        verdict = None if ours else watchdog.failure_elsewhere(lost, patience)
         if verdict is not None:
             watchdog.end(verdict)
+        if lost and stop.requested and not ours:
+            code, reason = stop.exit_code, f"{stop.reason}; another rank had ended: {error}"
+            status.end(code, reason)
+            raise SystemExit(code) from None
         code, reason = _own(error, stop.reason)
         if isinstance(error, Exception):
             watchdog.fail(reason, code)

@@ -83,8 +83,6 @@ class Sight:
     pulse: Pulse
     at: float
     """When it came, on this process's clock."""
-    own_step: int
-    """This process's step at that time."""
 
 
 class Heartbeat:
@@ -187,7 +185,7 @@ class Heartbeat:
             pulse = Pulse(**json.loads(store.get(self._key(rank))))
             before = self.sights.get(rank)
             if before is None or before.pulse.beat != pulse.beat:
-                self.sights[rank] = Sight(pulse, time.monotonic(), self._progress().step)
+                self.sights[rank] = Sight(pulse, time.monotonic())
 
     def _pulse(self, leaving: bool) -> Pulse:
         progress = self._progress()

@@ -40,7 +40,7 @@ class Limits:
     """None: no limit."""
 
     heartbeat_seconds: float = 120.0
-    """Without a pulse of a rank, and without a step that ended since."""
+    """Without a pulse of a rank, and without a mark that this rank passed."""
     timeout_seconds: float = 1800.0
     """Without a mark passed by a main thread, in training. Without a pulse while loading."""
     grace_seconds: float | None = None
@@ -122,16 +122,19 @@ class Watchdog:
             )
             self._heartbeat.propose(verdict, _PROPOSE_SECONDS)
 
-    def failure_elsewhere(self, *, lost_connection: bool) -> Verdict | None:
+    def failure_elsewhere(
+        self, lost_connection: bool, patience_seconds: float | None = None
+    ) -> Verdict | None:
         """Why this rank's error is the consequence of another's, if it is.
 
-        With `lost_connection` it waits for the verdict as long as one can take.
+        With `lost_connection` it waits for the verdict as long as one can take, or only so long.
         """
         heartbeat = self._heartbeat
         if heartbeat is None:
             return None
         heartbeat.look()
         seconds = self._limits.heartbeat_seconds + 2 * _GONE_SECONDS if lost_connection else 2.0
+        seconds = min(seconds, seconds if patience_seconds is None else patience_seconds)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and heartbeat.verdict is None:
             if heartbeat.store_lost and not lost_connection:
@@ -232,8 +235,8 @@ class Watchdog:
             self._gone_since.pop(pulse.rank, None)
         limits = self._limits
         limit = limits.timeout_seconds if pulse.phase == "loading" else limits.heartbeat_seconds
-        # Ranks do steps together: as long as steps end, no rank is dead.
-        if seconds < limit or self._progress.step > sight.own_step:
+        # Ranks do steps together: as long as this one passes marks, none is dead.
+        if seconds < limit or self._since(self._progress.at) < limit:
             return ""
         stopped = process_state(pulse.pid)[0] == "T" and pulse.machine == this_machine()
         state = ", its process is stopped" if stopped else ""

@@ -29,6 +29,8 @@ from gemtune.checkpoint import writer as writer_module
 from gemtune.checkpoint.tensors import read_tensors
 from gemtune.errors import CheckpointError
 
+pytestmark = pytest.mark.xdist_group("checkpoints")
+
 ROWS = torch.arange(36, dtype=torch.float64).reshape(6, 6).sin()
 
 

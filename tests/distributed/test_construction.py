@@ -10,6 +10,8 @@ import torch
 from ranks import findings, run_ranks
 from sharded_construction import NUM_LAYERS, bring_up
 
+pytestmark = pytest.mark.xdist_group("construction")
+
 RANKS = 3
 SLACK = 15 * 2**20
 

@@ -12,6 +12,8 @@ from ranks import findings, run_ranks
 
 from gemtune.parallel import FSDP2
 
+pytestmark = pytest.mark.xdist_group("fsdp_gradients")
+
 RANKS = 3
 
 

@@ -14,6 +14,8 @@ from whole_runs import SMALL, RunFolder, TrainRun, compose
 from gemtune import adapters
 from gemtune.models import load_model, load_processing
 
+pytestmark = pytest.mark.xdist_group("fsdp_runs")
+
 SHARDED = "parallel=fsdp2"
 FROZEN = (
     "loop.max_steps=6",

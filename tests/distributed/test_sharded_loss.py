@@ -21,6 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gemtune.losses import linear_cross_entropy, sharded
 
+pytestmark = pytest.mark.xdist_group("sharded_loss")
+
 CASES = all_cases()
 LIMIT_SECONDS = 150
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6}

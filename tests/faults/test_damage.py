@@ -12,6 +12,8 @@ from whole_runs import RunFolder
 from gemtune.checkpoint import CheckpointFolder, Ranks, first_undamaged
 from gemtune.checkpoint.manifest import verify
 
+pytestmark = pytest.mark.xdist_group("damage")
+
 FLIPS_PER_FILE = 40
 
 

@@ -21,6 +21,8 @@ from whole_runs import REPOSITORY, RunFolder
 from gemtune.checkpoint import CheckpointFolder
 from gemtune.checkpoint.manifest import is_complete, verify
 
+pytestmark = pytest.mark.xdist_group("kills")
+
 NUM_KILLS = int(os.environ.get("GEMTUNE_KILLS", "25"))
 SEED = int(os.environ.get("GEMTUNE_KILLS_SEED", "0"))
 # Steps enough that a run is not done before it was killed as often as its share.
