@@ -18,8 +18,6 @@ _LOST_CONNECTION = re.compile(
     r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket|peer|remote process", re.I
 )
 
-_ASKED_TO_STOP_SECONDS = 10.0
-
 
 @contextmanager
 def guarded(runtime: Runtime, limits: Limits) -> Iterator[None]:
@@ -48,9 +46,7 @@ def guarded(runtime: Runtime, limits: Limits) -> Iterator[None]:
         stop.ending()
         lost = isinstance(error, Exception) and bool(_LOST_CONNECTION.search(str(error)))
         ours = isinstance(error, UserError | KeyboardInterrupt)
-        # One that was asked to stop as well need not wait long: the other may have left for that.
-        patience = _ASKED_TO_STOP_SECONDS if stop.requested else None
-        verdict = None if ours else watchdog.failure_elsewhere(lost, patience)
+        verdict = None if ours else watchdog.failure_elsewhere(lost_connection=lost)
         if verdict is not None:
             watchdog.end(verdict)
         if lost and stop.requested and not ours:

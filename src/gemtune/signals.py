@@ -141,7 +141,8 @@ class StopSignal:
     def _leave(self, number: int) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.say(f"{_name(number)} outside training: there is nothing to save.")
+        # On any rank: it may be the only one that knows.
+        _to_stderr(f"{_name(number)} outside training: there is nothing to save.")
         raise SystemExit(PREEMPTED)
 
     def _listen(self) -> None:

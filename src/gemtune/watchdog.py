@@ -29,6 +29,8 @@ from gemtune.signals import StopSignal
 _SETTLE_SECONDS = 5.0
 # Between seeing a process gone and saying so: its last words may still be on the way.
 _GONE_SECONDS = 3.0
+# What a rank that is missed takes to be found gone, once there is reason to hurry.
+_HURRY_SECONDS = 2 * _GONE_SECONDS
 _PROPOSE_SECONDS = 5.0
 _CLOSE_SECONDS = 5.0
 # Rank 0 knows every rank, so it speaks first.
@@ -122,24 +124,25 @@ class Watchdog:
             )
             self._heartbeat.propose(verdict, _PROPOSE_SECONDS)
 
-    def failure_elsewhere(
-        self, lost_connection: bool, patience_seconds: float | None = None
-    ) -> Verdict | None:
+    def failure_elsewhere(self, *, lost_connection: bool) -> Verdict | None:
         """Why this rank's error is the consequence of another's, if it is.
 
-        With `lost_connection` it waits for the verdict as long as one can take, or only so long.
+        With `lost_connection` it waits for the verdict as long as one can take; not long where
+        another rank has left in an orderly way, or this one is asked to stop as well.
         """
         heartbeat = self._heartbeat
         if heartbeat is None:
             return None
         heartbeat.look()
-        seconds = self._limits.heartbeat_seconds + 2 * _GONE_SECONDS if lost_connection else 2.0
-        seconds = min(seconds, seconds if patience_seconds is None else patience_seconds)
+        seconds = self._limits.heartbeat_seconds + _HURRY_SECONDS if lost_connection else 2.0
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and heartbeat.verdict is None:
             if heartbeat.store_lost and not lost_connection:
                 break
             self._judge()
+            left = any(sight.pulse.left for sight in heartbeat.sights.values())
+            if left or self._stop.requested:
+                deadline = min(deadline, time.monotonic() + _HURRY_SECONDS)
             time.sleep(0.1)
         verdict = heartbeat.verdict
         return None if verdict is None or verdict.ranks == [self._rank] else verdict
