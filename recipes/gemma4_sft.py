@@ -24,7 +24,7 @@ from gemtune.checkpoint import (
 )
 from gemtune.config import RunConfig
 from gemtune.console import Screen
-from gemtune.data import Batch, BatchStream, ChatDataset, prepare
+from gemtune.data import Batch, BatchStream, ChatDataset, StreamedDataset, prepare
 from gemtune.evaluation import exact_match, generate_answers
 from gemtune.loop import Session, evaluate, train
 from gemtune.losses import HostLabels
@@ -52,7 +52,7 @@ class Stages:
     """What is built before the processes meet."""
 
     processing: Processing
-    train_rows: ChatDataset
+    train_rows: ChatDataset | StreamedDataset
     eval_rows: ChatDataset
     base: nn.Module
     """The Gemma 4 itself, patched."""
@@ -79,7 +79,7 @@ def run(config: RunConfig) -> int:
         if points:  # a damaged one would be renamed
             ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
             point = first_undamaged(ranks, points, checkpoint_folder(config), screen.say)
-        screen.say(f"reading {config.model.path} and checking {config.data.path}")
+        screen.say(f"reading {config.model.path} and checking {config.data.sources}")
         stages = build(config, screen)
         # Not before: a mistake in data or model leaves no trace on the disk.
         ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
@@ -98,6 +98,8 @@ def train_from(
 ) -> int:
     """The stages from distribution to the finished model; returns the exit status."""
     session, reporter, writer = open_session(config, runtime, ranks, stages, point, screen)
+    if isinstance(stages.train_rows, StreamedDataset):
+        stages.train_rows.journal = runtime.run_dir / "rejected.jsonl"
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
     rejected = stages.train_rows.rejected + stages.eval_rows.rejected
     screen.lines(f"left out: {row}" for row in rejected)
@@ -154,6 +156,7 @@ def build(config: RunConfig, screen: Screen) -> Stages:
         config.run.seed,
         screen.checking,
     )
+    screen.lines(dict.fromkeys([*train_rows.notes, *eval_rows.notes]))
     num_steps = config.loop.num_steps(len(train_rows))
     base = load_model(config.model, processing, config.run.seed)
     report = patches.apply(base, config.patches)
@@ -250,7 +253,9 @@ def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
     }
 
 
-def batch_stream(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> BatchStream:
+def batch_stream(
+    config: RunConfig, runtime: Runtime, rows: ChatDataset | StreamedDataset
+) -> BatchStream:
     """This rank's micro-batches of every step."""
     return BatchStream(
         rows,

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from gemtune.data.collate import Batch
 from gemtune.data.dataset import ChatDataset
 from gemtune.data.order import micro_batches
+from gemtune.data.streaming import StreamedDataset
 from gemtune.errors import DataError
 
 
@@ -18,7 +19,7 @@ from gemtune.errors import DataError
 class BatchStream:
     """The micro-batches of every optimizer step, for one rank."""
 
-    dataset: ChatDataset
+    dataset: ChatDataset | StreamedDataset
     seed: int
     global_batch_size: int
     micro_batch_size: int

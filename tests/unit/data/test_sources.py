@@ -32,9 +32,10 @@ def read(path, split="train"):
     return read_source(path, split, "data.path")
 
 
-def refusal(path):
+def refusal(path, **options):
+    """What is said when the source is opened, or when its first bad row is read."""
     with pytest.raises(DataError) as caught:
-        read(path)
+        list(read_source(path, "train", "data.path", **options).rows)
     return str(caught.value)
 
 
@@ -103,7 +104,7 @@ def test_a_file_that_may_not_be_read(jsonl, monkeypatch):
     def refuse(*_, **__):  # root may read everything, so the mode of the file would not do
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    for place in ("pathlib.Path.open", "pathlib.Path.read_bytes", "builtins.open"):
+    for place in ("pathlib.Path.open", "os.open", "builtins.open"):
         monkeypatch.setattr(place, refuse)
     assert refusal(path) == f"{path} cannot be read: Permission denied."
 
@@ -147,7 +148,7 @@ def test_images_are_not_decoded(tmp_path, inside):
     table = datasets.Dataset.from_list([row], features=datasets.Features(features))
     table.to_parquet(path)
     assert isinstance(read_features(path)["images"].feature, datasets.Image)
-    assert list(read(path).rows) == [row]
+    assert list(read(path).rows) == [row | {"media_root": str(tmp_path)}]
 
 
 def text():
@@ -197,13 +198,17 @@ def test_no_progress_bar_is_shown_or_switched_off_for_others(write_parquet, capf
 # What is no source
 
 
-def test_a_missing_column_lists_the_others(write_jsonl, write_parquet):
-    rows = [{"prompt": "a", "answer": "b"}]
+def test_a_missing_column_lists_the_others_and_the_mapping(write_jsonl, write_parquet):
+    rows = [{"query": "a", "reply": "b"}]
     for path in (write_jsonl(rows), write_parquet(rows)):
         said = refusal(path)
-        assert said.startswith(f"data.path={path} has no 'messages' column")
-        assert "its columns are: prompt, answer." in said
-        assert '{"messages": [' in said
+        assert said.startswith(f"data.path={path} has no columns of a format that is read")
+        assert "its columns are: query, reply." in said
+        assert "Alpaca (instruction, output)" in said
+        assert said.endswith("data.columns='{prompt: query, completion: reply}'")
+        mapping = {"prompt": "query", "completion": "reply"}
+        source = read_source(path, "train", "data.path", columns=mapping)
+        assert [m["content"] for m in source.rows[0]["messages"]] == ["a", "b"]
 
 
 def test_a_missing_file(tmp_path):
@@ -221,16 +226,18 @@ def test_a_relative_path_is_never_asked_of_the_hub(monkeypatch, tmp_path):
 
 
 def test_a_folder(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(LINE)
     assert refusal(str(tmp_path)) == (
-        f"data.path={tmp_path} is a folder. Give one file (.jsonl or .parquet) inside it."
+        f"data.path={tmp_path} is a folder, and not one that datasets' save_to_disk wrote. Give "
+        "one file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) inside it. It holds rows.jsonl."
     )
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.gz", "rows"])
 def test_an_unknown_suffix(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(LINE)
-    assert "are not read. Give .jsonl or .parquet." in refusal(str(path))
+    assert "are not read. Give .jsonl, .json, .parquet, .arrow" in refusal(str(path))
 
 
 def test_a_bundled_file_that_is_none():
