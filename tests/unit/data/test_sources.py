@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -251,44 +250,3 @@ def test_paths_are_resolved(monkeypatch, tmp_path):
     assert resolve_path("~/a.jsonl") == str(tmp_path / "a.jsonl")
     assert resolve_path("org/name") == "org/name"
     assert resolve_path("bundled:digits/train.parquet").endswith("assets/digits/train.parquet")
-
-
-# The hub
-
-
-def test_a_hub_data_set(monkeypatch):
-    calls = []
-
-    def load_dataset(path, split):
-        calls.append((path, split))
-        return datasets.Dataset.from_list([ROW])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = read("org/name", "test")
-    assert calls == [("org/name", "test")]
-    assert list(source.rows) == [ROW]
-    assert source.describe(0) == "org/name[test] row 0"
-
-
-def test_the_hub_offline(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    said = refusal("gemtune-tests/no-such-data")
-    assert said.startswith(
-        "data.path=gemtune-tests/no-such-data, split train, cannot be read from the Hugging Face"
-    )
-    for remedy in ("Check the name and the network", "hf auth login", "data.path=FILE.jsonl"):
-        assert remedy in said
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("no route\nand more"), ValueError("Unknown split"), OSError()]
-)
-def test_any_fault_of_the_hub_is_one_message(monkeypatch, error):
-    def load_dataset(path, split):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    said = refusal("org/name")
-    assert (str(error).splitlines() or [repr(error)])[0] in said
-    assert "and more" not in said
