@@ -32,6 +32,8 @@ _EXTRAS = {
     "weights": ("train", "weight"),
 }
 
+_PLAIN = frozenset({"role", "content"})
+
 
 @dataclass
 class Conversation:
@@ -100,6 +102,8 @@ class ConversationReader:
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         longest_first = sorted(special, key=len, reverse=True)
         self.control_token = re.compile("|".join(map(re.escape, longest_first)))
+        # Looked for first: there are thousands of tokens, and few characters that begin one.
+        self._begins = "".join(sorted({token[0] for token in special}))
 
     def read(self, row: dict[str, Any], where: str) -> Conversation:
         """Raises DataError, beginning with `where`, for anything that cannot be learned from."""
@@ -114,7 +118,8 @@ class ConversationReader:
             role = self._role(message, number, messages, where)
             place = f"{where}, message {number}"
             read: dict[str, Any] = {"role": role, "content": []}
-            read |= self._extras(message, role, place)
+            if not message.keys() <= _PLAIN:
+                read |= self._extras(message, role, place)
             content, thoughts = message.get("content"), []
             if content is not None or not (read.get("tool_calls") or read.get("tool_responses")):
                 read["content"], thoughts = self._parts(content, role, place, media, read)
@@ -153,7 +158,7 @@ class ConversationReader:
                 f"{where}: message {number} ({role}) is out of order: an optional system "
                 f"message comes first, then user and assistant take turns{tools}."
             )
-        for kind, fields in _EXTRAS.items():
+        for kind, fields in () if message.keys() <= _PLAIN else _EXTRAS.items():
             for name in () if kind in self._accepts else fields:
                 # `train: true` and a weight of 1 ask for nothing that is not done anyway.
                 given, plain = message.get(name), (None, True) if kind == "weights" else (None,)
@@ -188,6 +193,11 @@ class ConversationReader:
         self, content: Any, role: str, where: str, media: _MediaOfRow, message: dict[str, Any]
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """The parts of a message, and the thoughts among them."""
+        if isinstance(content, str) and content and "reasoning_content" not in message:
+            self._check_text(content.strip(), where)  # the way of most rows
+            if role == "assistant" and not content.strip() and not message.get("tool_calls"):
+                raise DataError(f"{where}: the assistant message is empty.")
+            return [{"type": "text", "text": content}], []
         parts, texts, thoughts = [], [], []
         for kind, value in content_parts(content, role, where, self._accepts):
             if kind == "text":
@@ -200,8 +210,9 @@ class ConversationReader:
                 parts.append({"type": kind})
                 texts.append("\n")  # its token stands between the texts
         self._check_text("".join(texts), where)
-        for thought in [message.get("reasoning_content", ""), *thoughts]:
-            self._check_text(thought, where)
+        for thought in (message.get("reasoning_content"), *thoughts):
+            if thought:
+                self._check_text(thought, where)
         if thoughts and "reasoning_content" in message:
             raise DataError(
                 f"{where}: the reasoning is given twice, as a field and as parts of the content. "
@@ -216,13 +227,18 @@ class ConversationReader:
 
         Parts are joined first, as templates join them: half a control token is none.
         """
-        if self._refuses_control_tokens and (found := self.control_token.search(text)):
+        if (
+            self._refuses_control_tokens
+            and any(begin in text for begin in self._begins)
+            and (found := self.control_token.search(text))
+        ):
             raise DataError(
                 f"{where}: the text contains {found.group()!r}, which the tokenizer reads as a "
                 "control token. Remove it, or write it apart."
             )
         try:
-            text.encode()
+            if not text.isascii():
+                text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{where}: the text contains {text[error.start]!r}, half of a surrogate pair, "

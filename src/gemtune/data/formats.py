@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -40,13 +41,17 @@ class Format:
     convert: Callable[[Row], list[Any]]
     """A row with its columns renamed -> messages; DataError without the place."""
 
+    @functools.cached_property
+    def _used(self) -> frozenset[str]:
+        return frozenset({*self.required, *self.optional, *_SINGLE, "system", "messages"})
+
     def read(self, row: Row, drops_nulls: bool) -> Row:
         """The row with `messages` and lists of media; other columns stay as they are."""
         for column in self.required:
             if column not in row:
                 raise DataError(f"no '{column}'; the columns here are: {', '.join(row) or 'none'}.")
         messages = self.convert(row)
-        used = {*self.required, *self.optional, *_SINGLE, "system", "messages"}
+        used = self._used
         kept = {name: value for name, value in row.items() if name not in used}
         kept["messages"] = _with_system(messages, row.get("system"))
         if self.name == "prompt/completion":

@@ -66,7 +66,7 @@ class FileRows(Sequence):
                 "iconv -f LATIN1 -t UTF-8 FILE > NEW"
             ) from error
         try:
-            return self._parse(text)
+            return self._parse(text.rstrip("\r\n"))
         except DataError as error:
             raise DataError(f"{where}: {error}") from (error.__cause__ or error)
 
@@ -129,7 +129,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 def parse_json_row(text: str) -> dict[str, Any]:
     """One line of JSONL."""
     try:
-        row = json.loads(text, object_pairs_hook=_unique)
+        row = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"not valid JSON ({error.msg}, column {error.colno}). Each line must hold one whole "
@@ -190,6 +190,9 @@ def read_json(path: Path) -> list[Any]:
         )
         raise DataError(f'{path} must hold a list of rows, or {{"data": [...]}}; it holds {found}.')
     return rows
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # json.loads would make one for each row
 
 
 class JsonRows(Sequence):

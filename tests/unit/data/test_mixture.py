@@ -33,6 +33,11 @@ def test_each_source_gives_all_its_rows_before_one_comes_again():
     assert first.tolist() != second.tolist()  # a new order every time around
 
 
+def test_the_places_of_a_small_mix():
+    assert interleave([1, 3], [1, 3], seed=0)[0].tolist() == [1, 0, 1, 1]
+    assert interleave([2, 2], [1, 1], seed=0)[0].tolist() == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("rows", [[7, 300], [3, 50, 11, 20]])
 def test_sources_are_spread_evenly(rows):
     weights = list(range(1, len(rows) + 1))
