@@ -24,7 +24,7 @@ from gemtune.checkpoint import (
 )
 from gemtune.config import RunConfig
 from gemtune.console import Screen
-from gemtune.data import Batch, BatchStream, ChatDataset, prepare
+from gemtune.data import Batch, BatchStream, ChatDataset, StreamedDataset, prepare
 from gemtune.evaluation import exact_match, generate_answers, rounds_of_rank
 from gemtune.exit_codes import DONE
 from gemtune.guard import guarded
@@ -55,7 +55,7 @@ class Stages:
     """What is built before the processes meet."""
 
     processing: Processing
-    train_rows: ChatDataset
+    train_rows: ChatDataset | StreamedDataset
     eval_rows: ChatDataset
     base: nn.Module
     """The Gemma 4 itself, patched."""
@@ -93,7 +93,7 @@ def go_through(config: RunConfig, runtime: Runtime, points: list[Path]) -> int:
         if points:  # a damaged one would be renamed
             ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
             point = first_undamaged(ranks, points, checkpoint_folder(config), screen.say)
-        screen.say(f"reading {config.model.path} and checking {config.data.path}")
+        screen.say(f"reading {config.model.path} and checking {config.data.sources}")
         stages = build(config, runtime, screen)
         # Not before: a mistake in data or model leaves no trace on the disk.
         ranks.all_or_none(lambda: claim(config, points, lock) if ranks.is_main else None)
@@ -112,6 +112,8 @@ def train_from(
 ) -> int:
     """The stages from distribution to the finished model; returns the exit status."""
     session, reporter, writer = open_session(config, runtime, ranks, stages, point, screen)
+    if isinstance(stages.train_rows, StreamedDataset):
+        stages.train_rows.journal = runtime.run_dir / "rejected.jsonl"
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
     rejected = stages.train_rows.rejected + stages.eval_rows.rejected
     screen.lines(f"left out: {row}" for row in rejected)
@@ -176,6 +178,7 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
         config.run.seed,
         screen.checking,
     )
+    screen.lines(dict.fromkeys([*train_rows.notes, *eval_rows.notes]))
     num_steps = config.loop.num_steps(len(train_rows))
     runtime.strategy = choose_strategy(config, runtime, processing)
     base = build_base(config, runtime, processing)
@@ -296,7 +299,9 @@ def memory_advice(config: RunConfig, runtime: Runtime) -> list[str]:
     )
 
 
-def batch_stream(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> BatchStream:
+def batch_stream(
+    config: RunConfig, runtime: Runtime, rows: ChatDataset | StreamedDataset
+) -> BatchStream:
     """This rank's micro-batches of every step."""
     return BatchStream(
         rows,

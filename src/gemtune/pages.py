@@ -10,7 +10,7 @@ from torch import nn
 from gemtune.adapters import Lora
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
-from gemtune.data import ChatDataset
+from gemtune.data import ChatDataset, StreamedDataset
 from gemtune.loop import Session
 from gemtune.models import Processing, part_parameters
 from gemtune.patches import PatchReport
@@ -22,7 +22,7 @@ HIGH_FIRST_LOSS = 6.0
 
 class _Built(Protocol):
     processing: Processing
-    train_rows: ChatDataset
+    train_rows: ChatDataset | StreamedDataset
     eval_rows: ChatDataset
     base: nn.Module
     report: PatchReport
@@ -139,6 +139,10 @@ def _dtype_warning(config: RunConfig) -> Iterator[Row]:
 
 def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
     rows = built.train_rows
+    if isinstance(rows, StreamedDataset):  # nothing else is known before
+        held_out = f"{len(built.eval_rows):,} to judge by"
+        yield "data", f"{config.data.name}: {len(rows):,} rows, streamed, {held_out}", ""
+        return
     yield (
         "data",
         f"{config.data.name}: {len(rows):,} rows to learn from, {len(built.eval_rows):,} to judge "

@@ -4,6 +4,7 @@ from gemtune.data.chat import ChatEncoder, Example
 from gemtune.data.collate import Batch, collate
 from gemtune.data.dataset import ChatDataset, DataConfig, prepare
 from gemtune.data.stream import BatchStream
+from gemtune.data.streaming import StreamedDataset
 
 __all__ = [
     "Batch",
@@ -12,6 +13,7 @@ __all__ = [
     "ChatEncoder",
     "DataConfig",
     "Example",
+    "StreamedDataset",
     "collate",
     "prepare",
 ]

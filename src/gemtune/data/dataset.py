@@ -10,8 +10,13 @@ import numpy as np
 
 from gemtune.data.chat import IGNORE_INDEX, ChatEncoder, Example
 from gemtune.data.collate import Batch, collate
+from gemtune.data.filters import read_filter
+from gemtune.data.formats import check_mapping
 from gemtune.data.media import ImageEncoder
-from gemtune.data.sources import Source, read_source
+from gemtune.data.media_files import MediaPolicy
+from gemtune.data.mixture import read_mix
+from gemtune.data.sources import Source, join_sources, mixed_order, read_source
+from gemtune.data.streaming import StreamedDataset, check_streaming
 from gemtune.errors import ConfigError, DataError
 from gemtune.options import option, require_choice, require_range
 
@@ -21,9 +26,20 @@ class DataConfig:
     """Conversations to learn from, and those to be judged by."""
 
     name: str = option("chat", "short name, part of the default run name")
-    path: str | None = option(None, "JSONL or Parquet file, or hub dataset, with `messages`")
-    split: str = option("train", "split of a hub dataset")
-    max_rows: int | None = option(None, "only the first rows of `path`; null: all")
+    path: str | None = option(None, "file (jsonl, json, parquet, arrow, csv), folder, hub dataset")
+    split: str = option("train", "split of a hub dataset or of a saved folder")
+    subset: str | None = option(None, "configuration of a hub dataset, where it has several")
+    columns: dict[str, str] = option({}, "our column: the data's, {prompt: question}")
+    filter: dict[str, Any] = option({}, "rows to take: {lang: en}, {score: {'>=': 3}}")
+    id_column: str | None = option("id", "a value that stands twice is a bad row; null: it may")
+    mix: list[Any] = option([], "instead of `path`: [{path: .., weight: 2}, ..], see MixEntry")
+    mix_epoch: str = option(
+        "all", "all: every row at least once; first: until one source is used up"
+    )
+    streaming: bool = option(
+        False, "each row is checked at its turn, not all before the first step"
+    )
+    max_rows: int | None = option(None, "only the first rows (of each source); null: all")
     eval_path: str | None = option(None, "the same for evaluation; null: part of `path`")
     eval_split: str = option("test", "split of a hub dataset in `eval_path`")
     eval_fraction: float = option(0.02, "share of `path` held out when `eval_path` is null")
@@ -35,13 +51,19 @@ class DataConfig:
     on_bad_row: str = option("error", "error: stop; skip: leave it out, count and name it")
     shuffle: bool = option(True, "a new order each epoch, decided by run.seed")
     num_workers: int = option(0, "loader processes; 0: in the training process")
+    media_root: str | None = option(None, "folder that media paths may not leave; null: the file's")
+    allow_urls: bool = option(False, "fetch media from public http(s) addresses; kept in ~/.cache")
+    max_image_pixels: int = option(50_000_000, "a larger image is a bad row, and not decoded")
+    max_media_bytes: int = option(200_000_000, "a larger file is a bad row, and not read")
+    verify_images: bool = option(False, "decode every image in the check, not its header alone")
 
     def __post_init__(self) -> None:
-        if self.path is None:
+        if self.path is None and not self.mix:
             raise ConfigError(
-                "data.path is not set. Give a JSONL or Parquet file, or a hub dataset id: "
-                "data.path=conversations.jsonl"
+                "data.path is not set. Give a file, a folder saved by datasets, or a hub dataset "
+                "id: data.path=conversations.jsonl"
             )
+        self._check_sources()
         require_choice("data.truncate", self.truncate, ["none", "right"])
         require_choice("data.on_bad_row", self.on_bad_row, ["error", "skip"])
         require_range("data.max_length", self.max_length, at_least=2)
@@ -52,6 +74,73 @@ class DataConfig:
         require_range("data.num_workers", self.num_workers, at_least=0)
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"data.eval_fraction={self.eval_fraction} must be in [0, 1).")
+
+    def _check_sources(self) -> None:
+        require_choice("data.mix_epoch", self.mix_epoch, ["all", "first"])
+        require_range("data.max_image_pixels", self.max_image_pixels, at_least=1)
+        require_range("data.max_media_bytes", self.max_media_bytes, at_least=1)
+        read_filter(self.filter, "data.filter")
+        check_mapping(self.columns, "data.columns")
+        if not self.mix:
+            return
+        if self.path is not None:
+            raise ConfigError(
+                f"data.path={self.path} and data.mix are both given. Put the path into the mix, or "
+                "set data.path=null."
+            )
+        for name in ("columns", "filter"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"data.{name} is for data.path; give each source of data.mix its own."
+                )
+        read_mix(self.mix)
+
+    @property
+    def sources(self) -> str:
+        """What is learned from, for a line."""
+        return self.path or " + ".join(entry.path for entry in read_mix(self.mix))
+
+    @property
+    def media_policy(self) -> MediaPolicy:
+        return MediaPolicy(
+            allow_urls=self.allow_urls,
+            max_image_pixels=self.max_image_pixels,
+            max_media_bytes=self.max_media_bytes,
+            verify_images=self.verify_images,
+        )
+
+    def read_train(self) -> Source:
+        """The rows of `path`, or of the mix."""
+        common = {
+            "media_root": self.media_root,
+            "id_column": self.id_column,
+            "streaming": self.streaming,
+        }
+        if self.mix:
+            return join_sources(read_mix(self.mix), max_rows=self.max_rows, **common)
+        assert self.path is not None  # __post_init__ refuses it
+        return read_source(
+            self.path,
+            self.split,
+            "data.path",
+            subset=self.subset,
+            columns=self.columns,
+            filter=self.filter,
+            **common,
+        )
+
+    def read_eval(self) -> Source:
+        """The rows of `eval_path`, whole whatever `streaming` says: they are few."""
+        assert self.eval_path is not None
+        return read_source(
+            self.eval_path,
+            self.eval_split,
+            "data.eval_path",
+            subset=self.subset,
+            columns=self.columns,
+            media_root=self.media_root,
+            id_column=self.id_column,
+        )
 
 
 @dataclass(slots=True)
@@ -74,6 +163,8 @@ class ChatDataset:
         self.source = source
         self.encoder = encoder
         self.rejected: list[str] = []
+        self.notes: list[str] = list(source.notes)
+        """What was understood of the source, one line each."""
         self._kept: list[_Kept] = []
 
     def check(
@@ -92,6 +183,12 @@ class ChatDataset:
             else:
                 self._keep(index, example, len(images))
             progress(done, len(indices))
+
+    def mix(self, seed: int, epoch: str) -> None:
+        """Repeat the rows of a mix as its weights say. Counts are then those of an epoch."""
+        order, note = mixed_order(self.source, [kept.index for kept in self._kept], seed, epoch)
+        self._kept = [self._kept[i] for i in order.tolist()]
+        self.notes.append(note)
 
     def _keep(self, index: int, example: Example, num_images: int) -> None:
         ids, labels = example.input_ids.astype(np.int32), example.labels.astype(np.int32)
@@ -152,18 +249,19 @@ def prepare(
     image_processor: Any,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[ChatDataset, ChatDataset]:
-    """The training and the evaluation rows, every one of them checked.
+) -> tuple[ChatDataset | StreamedDataset, ChatDataset]:
+    """The training and the evaluation rows, every one of them checked (unless streamed).
 
     Raises:
         DataError: naming file, row and remedy.
     """
-    assert config.path is not None  # DataConfig refuses it
-    source = read_source(config.path, config.split, "data.path")
-    num_rows = min(len(source.rows), config.max_rows or len(source.rows))
+    source = config.read_train()
+    num_rows = len(source.rows)
+    if not config.mix:
+        num_rows = min(num_rows, config.max_rows or num_rows)
     train_rows = np.arange(num_rows)
     if config.eval_path is not None:
-        eval_source = read_source(config.eval_path, config.eval_split, "data.eval_path")
+        eval_source = config.read_eval()
         eval_rows = np.arange(len(eval_source.rows))
     else:
         eval_source = source
@@ -173,23 +271,35 @@ def prepare(
     if config.eval_max_rows is not None:
         eval_rows = eval_rows[: config.eval_max_rows]
 
-    sets = []
-    for part, rows in ((source, train_rows), (eval_source, eval_rows)):
-        encoder = ChatEncoder(
+    def encoder_of(part: Source) -> ChatEncoder:
+        return ChatEncoder(
             tokenizer,
-            ImageEncoder(image_processor, part.media_root),
+            ImageEncoder(image_processor, part.media_root, config.media_policy),
             max_length=config.max_length,
             truncate=config.truncate,
         )
-        dataset = ChatDataset(part, encoder)
-        dataset.check(rows.tolist(), config.on_bad_row, progress)
-        sets.append(dataset)
-    if not len(sets[0]):
-        raise DataError(
-            f"data.path={config.path}: none of its {len(train_rows)} rows can be learned from. "
-            f"The first: {sets[0].rejected[0]}"
+
+    evaluation = ChatDataset(eval_source, encoder_of(eval_source))
+    if config.streaming:
+        check_streaming(
+            source, config.shuffle, config.eval_fraction if config.eval_path is None else 0
         )
-    return sets[0], sets[1]
+        evaluation.check(eval_rows.tolist(), config.on_bad_row, progress)
+        streamed = StreamedDataset(source, encoder_of(source), train_rows, config.on_bad_row)
+        if source.parts:
+            streamed.mix(seed, config.mix_epoch)
+        return streamed, evaluation
+    training = ChatDataset(source, encoder_of(source))
+    training.check(train_rows.tolist(), config.on_bad_row, progress)
+    evaluation.check(eval_rows.tolist(), config.on_bad_row, progress)
+    if not len(training):
+        raise DataError(
+            f"data.path={config.sources}: none of its {len(train_rows)} rows can be learned from. "
+            f"The first: {training.rejected[0]}"
+        )
+    if source.parts:
+        training.mix(seed, config.mix_epoch)
+    return training, evaluation
 
 
 def _num_held_out(fraction: float, num_rows: int) -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from gemtune.data.media_files import MediaFile, MediaPolicy, bytes_or_path, open_medium, refer
 from gemtune.errors import DataError
+
+# What data may be decoded by. Pillow knows more, and among them some that run programs (EPS), hold
+# images inside of images (ICO, ICNS) or are no pictures of the world.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 @dataclass
@@ -31,47 +36,82 @@ class EncodedImage:
 class ImageEncoder:
     """Turns images into patches as the checkpoint's own image processor does.
 
-    EXIF orientation is applied first, and what is transparent becomes white.
+    EXIF orientation is applied first, and what is transparent becomes white. Of an animation the
+    first frame is taken. Values of 16 bits keep their high byte.
 
     Args:
         processor: a `Gemma4ImageProcessorPil`.
-        media_root: folder that relative paths start from.
+        media_root: the folder that paths start from and may not leave; None: no path is read.
+        policy: what may be read.
     """
 
-    def __init__(self, processor: Any, media_root: Path | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        media_root: Path | None = None,
+        policy: MediaPolicy | None = None,
+    ) -> None:
         self.processor = processor
         self.media_root = media_root
+        self.policy = policy or MediaPolicy()
         self._grid = processor.patch_size * processor.pooling_kernel_size
         self._max_patches = processor.max_soft_tokens * processor.pooling_kernel_size**2
 
-    def open(self, image: Any, where: str) -> Image.Image:
+    def open(self, image: Any, where: str, media_root: Path | None = None) -> Image.Image:
         """Open bytes, a path or a PIL image; the pixels are read only when they are used.
 
+        `media_root` stands in for that of the encoder where it is given.
+
         Raises:
-            DataError: missing, or not an image; the message begins with `where`.
+            DataError: missing, not allowed, too large, or not an image; the message begins with
+                `where`.
         """
-        if isinstance(image, dict):
-            image = image["bytes"] if image.get("bytes") is not None else image.get("path")
         if isinstance(image, Image.Image):
             return image
-        if not isinstance(image, bytes | str):
+        given = bytes_or_path(image, "image", where)
+        root = media_root if media_root is not None else self.media_root
+        file = open_medium(given, "image", where, root, self.policy)
+        try:
+            opened = self._header(file, where)
+        except DataError:
+            file.close()
+            raise
+        width, height = opened.size
+        if width * height > self.policy.max_image_pixels:
+            file.close()
             raise DataError(
-                f"{where}: an image must be bytes, a file path or a PIL image, not "
-                f"{type(image).__name__}."
+                f"{where}: the image is too large: {width} x {height} are {width * height:,} "
+                f"pixels, and data.max_image_pixels={self.policy.max_image_pixels:,} are allowed. "
+                "Make it smaller, or raise the limit."
             )
-        file = io.BytesIO(image) if isinstance(image, bytes) else self._path(image, where)
+        if self.policy.verify_images:
+            _load(opened, where)
+        return opened
+
+    def refer(
+        self, kind: str, medium: Any, where: str, media_root: Path | None = None
+    ) -> MediaFile:
+        """A video or an audio, found and measured by its header, not decoded."""
+        root = media_root if media_root is not None else self.media_root
+        return refer(kind, medium, where, root, self.policy)
+
+    def _header(self, file: BinaryIO, where: str) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return Image.open(file)
-        except FileNotFoundError as error:
-            raise DataError(f"{where}: there is no image file {file}.") from error
+                return Image.open(file, formats=_formats())
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
                 f"{where}: the image is too large. Make it smaller. ({error})"
             ) from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{where}: not an image that can be read ({error}).") from error
+        except Image.UnidentifiedImageError as error:
+            raise DataError(
+                f"{where}: not an image that can be read. The formats are {', '.join(FORMATS)}."
+            ) from error
+        except Exception as error:  # plugins raise whatever their parsers meet
+            raise DataError(
+                f"{where}: not an image that can be read ({error or type(error).__name__})."
+            ) from error
 
     def num_soft_tokens(self, image: Image.Image) -> int:
         """How many placeholder tokens the image takes, from its size alone.
@@ -121,27 +161,31 @@ class ImageEncoder:
             return self._grid, min(math.floor(height / width) * self._grid, longest)
         return fitted_width, fitted_height
 
-    def _path(self, path: str, where: str) -> Path:
-        if "://" in path or path.startswith("data:"):
-            raise DataError(
-                f"{where}: images are not fetched from URLs ({path[:80]}). Save it first."
-            )
-        candidate = Path(path).expanduser()
-        if not candidate.is_absolute() and self.media_root is not None:
-            candidate = self.media_root / candidate
-        return candidate
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _upright(image: Image.Image, where: str) -> Image.Image:
     """Decoded, with its EXIF orientation applied."""
-    try:
-        image.load()
-    except Exception as error:  # decoders of a dozen formats: OSError, SyntaxError, struct.error...
-        raise DataError(f"{where}: the image is damaged ({error}).") from error
+    _load(image, where)
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF says nothing of how the image lies
         return image
+
+
+def _load(image: Image.Image, where: str) -> None:
+    num_pixels = math.prod(image.size)
+    try:
+        image.load()
+    except Exception as error:  # decoders of a dozen formats: OSError, SyntaxError, struct.error...
+        raise DataError(f"{where}: the image is damaged ({error}).") from error
+    if math.prod(image.size) != num_pixels:  # what was counted and capped is the header's
+        raise DataError(f"{where}: the image is damaged (it is not of the size that it says).")
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:

@@ -1,180 +1,319 @@
-"""Rows of conversations from a local file, a folder, or the hub."""
+"""Rows of conversations from any source, brought to `messages` as they are read."""
 
 from __future__ import annotations
 
-import importlib.resources
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gemtune.data.filters import RowFilter, read_filter
+from gemtune.data.formats import Format, check_mapping, find_format, renamed_columns
+from gemtune.data.mixture import MixEntry, describe_mix, interleave
+from gemtune.data.tables import Table, open_table, resolve_path
 from gemtune.errors import DataError
 
-_BUNDLED = "bundled:"
-_SUFFIXES = (".jsonl", ".parquet")
+__all__ = ["Part", "Source", "join_sources", "mixed_order", "read_source", "resolve_path"]
+
+_MEDIA = ("images", "videos", "audios")
+
+
+@dataclass
+class Part:
+    """One source of several: rows [first, end) are its."""
+
+    name: str
+    first: int
+    end: int
+    weight: float | None
 
 
 @dataclass
 class Source:
-    """Rows, and what to call one of them in a message."""
+    """Rows with `messages`, and what to call one of them in a message."""
 
-    rows: Sequence[dict[str, Any]]
+    rows: ReadRows | JoinedRows
     name: str
     media_root: Path | None
-    """Folder that relative image paths start from."""
-    line_numbers: list[int] | None = None
+    """Folder that media paths start from and may not leave; rows with media name their own."""
+    notes: list[str] = field(default_factory=list)
+    """What was understood, one line each, to be shown before anything is trained."""
+    parts: list[Part] = field(default_factory=list)
+    """More than one source: which rows are whose."""
+    is_sequential: bool = False
+    """Rows come one after another; going back means beginning again."""
 
     def describe(self, index: int) -> str:
         """`file.jsonl line 12`, or `file.parquet row 11` (rows count from 0)."""
-        if self.line_numbers is not None:
-            return f"{self.name} line {self.line_numbers[index]}"
-        return f"{self.name} row {index}"
+        return self.rows.describe(index)
 
 
-class _PlainRows(Sequence):
-    """Rows of a `datasets` table as they are stored: an image stays {bytes, path}.
+class ReadRows(Sequence):
+    """Rows of a table as conversations: renamed, converted, filtered; each when it is asked for."""
 
-    Images are decoded when a batch needs them, and by our own code, which names the row.
-    """
-
-    def __init__(self, table: Any) -> None:
-        self._table = table.with_format("arrow")
+    def __init__(
+        self,
+        table: Table,
+        found: Format,
+        mapping: Mapping[str, str],
+        media_root: Path | None,
+    ) -> None:
+        self.table = table
+        self._format = found
+        self._mapping = dict(mapping)
+        self._media_root = None if media_root is None else str(media_root)
+        self.chosen: np.ndarray | None = None
+        """Numbers of the rows that a filter takes; None: all."""
+        self.faults: dict[int, str] = {}
+        """What is wrong with a row of the table beside its own content."""
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table.rows) if self.chosen is None else len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._table[index].to_pylist()[0]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = self._number(index)
+        if number in self.faults:
+            raise DataError(f"{self.table.describe(number)}: {self.faults[number]}")
+        row = self.table.rows[number]
+        if self._mapping:
+            names = renamed_columns(row, self._mapping)
+            row = {ours: row.get(theirs) for ours, theirs in names.items()}
+        try:
+            read = self._format.read(row, drops_nulls=self.table.is_columnar)
+        except DataError as error:
+            raise DataError(f"{self.table.describe(number)}: {error}") from error
+        read.pop("media_root", None)  # the data must not choose where its paths lead
+        if self._media_root is not None and _has_media(read):
+            read["media_root"] = self._media_root
+        return read
+
+    def keep_first(self, num_rows: int) -> None:
+        """Leave out all rows but the first."""
+        if num_rows < len(self):
+            chosen = np.arange(len(self)) if self.chosen is None else self.chosen
+            self.chosen = chosen[:num_rows]
+
+    def _number(self, index: int) -> int:
+        return index if self.chosen is None else int(self.chosen[index])
+
+    def describe(self, index: int) -> str:
+        return self.table.describe(self._number(index))
 
 
-def resolve_path(path: str) -> str:
-    """`bundled:NAME/FILE` -> the file inside the package; anything else as it is."""
-    if path.startswith(_BUNDLED):
-        return str(_assets() / path.removeprefix(_BUNDLED))
-    return str(Path(path).expanduser())
+def _has_media(row: Mapping[str, Any]) -> bool:
+    if any(row.get(column) for column in _MEDIA):
+        return True
+    return any(
+        isinstance(message, dict) and isinstance(message.get("content"), list)
+        for message in row["messages"]
+    )
 
 
-def _assets() -> Path:
-    return Path(str(importlib.resources.files("gemtune"))) / "assets"
+class JoinedRows(Sequence):
+    """The rows of several sources, one after another."""
+
+    def __init__(self, several: Sequence[ReadRows]) -> None:
+        self._several = list(several)
+        self._ends = np.cumsum([len(rows) for rows in several])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, index: int) -> tuple[ReadRows, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._several[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows, inner = self._find(index)
+        return rows[inner]
+
+    def describe(self, index: int) -> str:
+        rows, inner = self._find(index)
+        return rows.describe(inner)
 
 
-def read_source(path: str, split: str, key: str) -> Source:
-    """Every row of a JSONL or Parquet file, or of one split of a hub dataset.
+def read_source(
+    path: str,
+    split: str,
+    key: str,
+    *,
+    subset: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    columns_key: str = "data.columns",
+    filter: Mapping[str, Any] | None = None,
+    filter_key: str = "data.filter",
+    media_root: str | None = None,
+    id_column: str | None = "id",
+    streaming: bool = False,
+) -> Source:
+    """Every row of one source, by the format that its columns tell.
+
+    Nothing but the first rows is converted here; a bad row is said when it is read.
 
     Args:
-        path: a file ending in .jsonl or .parquet, `bundled:...`, or a hub dataset id.
-        split: which split of a hub dataset.
-        key: the configuration key that gave `path`, for messages.
+        path, split, key, subset, streaming: as for `tables.open_table`.
+        columns: our name of a column -> the data's.
+        filter: as for `filters.read_filter`, on the data's own names.
+        media_root: folder of media paths; None: that of the file.
+        id_column: where the data have it, an id that stands twice is a fault of the second row;
+            None: ids are not looked at.
 
     Raises:
-        DataError: missing, unreadable, empty, or without a `messages` column.
+        DataError: missing, unreadable, empty, or of no format that is known.
+        ConfigError: a mapping or filter that cannot be.
     """
-    resolved = resolve_path(path)
-    local = Path(resolved)
-    if local.is_dir():
-        raise DataError(
-            f"{key}={path} is a folder. Give one file ({' or '.join(_SUFFIXES)}) inside it."
-        )
-    if local.suffix == ".jsonl" and local.is_file():
-        source = _read_jsonl(local)
-    elif local.suffix == ".parquet" and local.is_file():
-        source = _read_parquet(local)
-    elif local.is_file():
-        raise DataError(
-            f"{key}={path}: files ending in '{local.suffix}' are not read. "
-            f"Give {' or '.join(_SUFFIXES)}."
-        )
-    elif path.startswith(_BUNDLED):
-        bundled = sorted(f.relative_to(_assets()).as_posix() for f in _assets().rglob("*.parquet"))
-        raise DataError(
-            f"{key}={path}: the package holds no such file. It holds "
-            f"{', '.join(_BUNDLED + name for name in bundled)}."
-        )
-    elif _looks_like_hub_id(path):
-        source = _read_hub(path, split, key)
-    else:
-        raise DataError(
-            f"{key}={path}: there is no such file (looked in {Path.cwd()}). Give a .jsonl or "
-            ".parquet file, or a hub dataset id such as HuggingFaceH4/no_robots."
-        )
-    if not len(source.rows):
+    mapping = check_mapping(columns or {}, columns_key)
+    row_filter = read_filter(filter or {}, filter_key)
+    table = open_table(path, split, key, subset, streaming)
+    if not len(table.rows):
         raise DataError(f"{key}={path} holds no rows.")
-    columns = source.rows[0].keys()
-    if "messages" not in columns:
-        raise DataError(
-            f"{key}={path} has no 'messages' column; its columns are: {', '.join(columns)}. "
-            'A row is {"messages": [{"role": "user", "content": "..."}, '
-            '{"role": "assistant", "content": "..."}], "images": [...]}.'
+    found = find_format(table.columns, mapping, f"{key}={path}", columns_key)
+    root = table.folder if media_root is None else _folder(media_root)
+    rows = ReadRows(table, found, mapping, root)
+    notes = [
+        f"{table.name} read as {found.name}: {len(table.rows):,} rows, columns "
+        f"{', '.join(table.columns)}"
+    ]
+    if table.is_sequential:
+        if row_filter is not None:
+            raise DataError(
+                f"{filter_key} cannot be used on a streamed hub dataset: how many rows it leaves "
+                "is known at the end only. Set data.streaming=false."
+            )
+        notes.append(
+            f"{table.name} is streamed: no row is checked before its turn, ids are not compared, "
+            "and every process reads all of it"
         )
-    return source
+    else:
+        if row_filter is not None:
+            notes.append(_apply(row_filter, rows, f"{key}={path}", filter_key))
+        theirs = mapping.get("id", id_column)
+        if theirs is not None and theirs in table.columns:
+            _find_repeated_ids(rows, theirs)
+    return Source(rows, table.name, root, notes, is_sequential=table.is_sequential)
 
 
-def _looks_like_hub_id(path: str) -> bool:
-    if path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES):
-        return False
-    return path.count("/") == 1 and not Path(path).parent.is_dir()
+def _folder(media_root: str) -> Path:
+    folder = Path(media_root).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"data.media_root={media_root} is no folder.")
+    return folder
 
 
-def _read_jsonl(path: Path) -> Source:
-    rows: list[dict[str, Any]] = []
-    line_numbers: list[int] = []
-    number = 0
-    try:
-        with path.open("rb") as lines:  # as bytes: each is decoded where its number is known
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path} line {number}: a row must be a JSON object {{...}}.")
-                rows.append(row)
-                line_numbers.append(number)
-    except json.JSONDecodeError as error:
+def _apply(row_filter: RowFilter, rows: ReadRows, given: str, key: str) -> str:
+    """Choose the rows that pass; one that cannot be read or compared stays, and is said later."""
+    table = rows.table
+    for column in row_filter.columns:
+        if column not in table.columns:
+            raise DataError(
+                f"{given} has no column '{column}', which {key} names. Its columns are: "
+                f"{', '.join(table.columns)}."
+            )
+    chosen = []
+    for number, row in enumerate(table.scan(row_filter.columns)):
+        try:
+            if row is not None and not row_filter.takes(row):
+                continue
+        except TypeError as error:
+            rows.faults[number] = f"{key} cannot compare it ({error}). Mend the value."
+        chosen.append(number)
+    rows.chosen = np.array(chosen, dtype=np.int64)
+    if not chosen:
+        raise DataError(f"{given}: none of its {len(table.rows):,} rows passes {key}.")
+    return f"{table.name}: {len(chosen):,} of {len(table.rows):,} rows pass {key}"
+
+
+def _find_repeated_ids(rows: ReadRows, column: str) -> None:
+    table = rows.table
+    chosen = None if rows.chosen is None else set(rows.chosen.tolist())
+    first: dict[str, int] = {}
+    for number, row in enumerate(table.scan([column])):
+        value = None if row is None else row.get(column)
+        if not isinstance(value, str | int) or (chosen is not None and number not in chosen):
+            continue
+        # 1 and "1" are one id: which type it has is an accident of how it was written.
+        earlier = first.setdefault(str(value), number)
+        if earlier != number and number not in rows.faults:
+            rows.faults[number] = (
+                f"its {column} {value!r} stands already at {table.describe(earlier)}. Remove one "
+                "of them, or set data.id_column=null where ids may repeat."
+            )
+
+
+def join_sources(
+    entries: Sequence[MixEntry],
+    key: str = "data.mix",
+    max_rows: int | None = None,
+    **options: Any,
+) -> Source:
+    """The sources of a mix one after another; each row stands there once.
+
+    How often it comes is decided after the rows were checked and some held out (`mixed_order`), so
+    that no row is both learned and judged by.
+
+    Args:
+        max_rows: only the first rows of each.
+        options: keywords of `read_source`.
+    """
+    sources = []
+    for number, entry in enumerate(entries):
+        place = f"{key}[{number}]"
+        sources.append(
+            read_source(
+                entry.path,
+                entry.split,
+                f"{place}.path",
+                subset=entry.subset,
+                columns=entry.columns,
+                columns_key=f"{place}.columns",
+                filter=entry.filter,
+                filter_key=f"{place}.filter",
+                **options | {"media_root": entry.media_root or options.get("media_root")},
+            )
+        )
+    if any(source.is_sequential for source in sources):
         raise DataError(
-            f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno}). Each line "
-            "must hold one whole object."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} line {number}: not UTF-8 ({error.reason}). Convert the file, for example: "
-            "iconv -f LATIN1 -t UTF-8 FILE > NEW"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    return Source(rows, str(path), path.parent.absolute(), line_numbers)
+            f"{key} cannot stream from the hub: a mix asks for rows out of order. Set "
+            "data.streaming=false, or stream one source by data.path."
+        )
+    parts, first = [], 0
+    for source, entry in zip(sources, entries, strict=True):
+        if max_rows is not None:
+            source.rows.keep_first(max_rows)  # type: ignore[union-attr]
+        parts.append(Part(source.name, first, first + len(source.rows), entry.weight))
+        first += len(source.rows)
+    notes = [note for source in sources for note in source.notes]
+    rows = JoinedRows([source.rows for source in sources])  # type: ignore[misc]
+    return Source(rows, " + ".join(source.name for source in sources), None, notes, parts)
 
 
-def _read_parquet(path: Path) -> Source:
-    import datasets
-    import pyarrow.parquet
+def mixed_order(
+    source: Source, rows: Sequence[int] | np.ndarray, seed: int, epoch: str
+) -> tuple[np.ndarray, str]:
+    """One epoch of a mix: [N] positions in `rows`, and the line that says how often each comes.
 
-    shows_progress = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()  # a local file is mapped, not read
-    try:
-        if not pyarrow.parquet.read_metadata(path).num_rows:  # `datasets` fails on such a file
-            return Source([], str(path), None)
-        table = datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # datasets wraps what pyarrow raises in its own generic error
-        cause = error.__cause__ or error
-        raise DataError(f"{path} cannot be read as Parquet: {cause}") from error
-    finally:
-        if shows_progress:
-            datasets.enable_progress_bars()
-    return Source(_PlainRows(table), str(path), path.parent.absolute())
+    Args:
+        rows: the rows of `source` to learn from, in growing order.
 
-
-def _read_hub(path: str, split: str, key: str) -> Source:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(path, split=split)
-    except Exception as error:  # network, access, missing dataset or split: all end here
-        raise DataError(
-            f"{key}={path}, split {split}, cannot be read from the Hugging Face hub: "
-            f"{str(error).splitlines()[0] if str(error) else error!r}\n"
-            "Check the name and the network, run `hf auth login` if it is gated, or give a local "
-            f"file: {key}=FILE.jsonl"
-        ) from error
-    return Source(_PlainRows(table), f"{path}[{split}]", None)
+    Raises:
+        DataError: a source of which none is left.
+    """
+    kept = np.asarray(rows, dtype=np.int64)
+    begins = np.searchsorted(kept, [part.first for part in source.parts])
+    ends = np.searchsorted(kept, [part.end for part in source.parts])
+    counts = (ends - begins).tolist()
+    names = [part.name for part in source.parts]
+    weights = [part.weight for part in source.parts]
+    for number, count in enumerate(counts):
+        if not count:
+            raise DataError(
+                f"data.mix[{number}] ({names[number]}): none of its rows is left to learn from."
+            )
+    sources, inner = interleave(counts, weights, seed, epoch)
+    return begins[sources] + inner, describe_mix(names, counts, weights, epoch)

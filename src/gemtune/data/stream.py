@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from gemtune.data.collate import Batch
 from gemtune.data.dataset import ChatDataset
 from gemtune.data.order import micro_batches
+from gemtune.data.streaming import StreamedDataset
 from gemtune.errors import DataError
 from gemtune.signals import leave_to_parent
 
@@ -19,7 +20,7 @@ from gemtune.signals import leave_to_parent
 class BatchStream:
     """The micro-batches of every optimizer step, for one rank."""
 
-    dataset: ChatDataset
+    dataset: ChatDataset | StreamedDataset
     seed: int
     global_batch_size: int
     micro_batch_size: int
