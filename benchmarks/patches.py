@@ -25,8 +25,8 @@ import torch
 from environment import REPOSITORY, RESULTS, describe, write_result
 from measure import MIB, peak_in_new_process, ratios, spread
 from models import BATCHES
-from render import price_tables
 from settings import INTERNAL, Settings, parse
+from tables import price_tables
 from workbench import Outcome, Workbench, bounds, errors, refuse_wrong
 
 from gemtune.errors import ConfigError, UserError
