@@ -91,15 +91,16 @@ def combinations(arguments: Sequence[str]) -> list[list[str]]:
     swept = [override for override in overrides if override.is_sweep_override()]
     for override in swept:
         key = override.key_or_group
+        given = (override.input_line or "").lstrip("+")
         if override.is_interval_sweep():
             raise ConfigError(
-                f"{override.input_line}: an interval has no list of values to go through. Give "
+                f"{given}: an interval has no list of values to go through. Give "
                 f"values, {key}=1e-5,1e-4, or {key}=range(start,stop,step)."
             )
         if sum(other.key_or_group == key for other in overrides) > 1:
             raise ConfigError(f"{key} is given twice, and one of the two is swept. Leave one out.")
         if key in ("run.name", "run.dir"):
-            raise ConfigError(f"{override.input_line}: each trial gets a run.name of its own.")
+            raise ConfigError(f"{given}: each trial gets a run.name of its own.")
     if not swept:
         raise ConfigError(
             "no key has several values, so there is nothing to sweep. Give some: "
@@ -194,7 +195,8 @@ def show_help() -> None:
     print(__doc__)
     print("Keys of the sweep = default:\n")
     for field in dataclasses.fields(SweepConfig):
-        print(f"  {PREFIX}{field.name} = {field.default}\n      {field.metadata['help']}")
+        default = str(field.default).lower() if field.type == "bool" else field.default
+        print(f"  {PREFIX}{field.name} = {default}\n      {field.metadata['help']}")
     print("\nKeys of a trial: python train.py --help")
 
 

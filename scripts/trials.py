@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gemtune.exit_codes import INTERRUPTED, PREEMPTED
 
 MAX_NAME_CHARACTERS = 120
@@ -78,7 +80,7 @@ def trial_name(run_name: str, choices: Sequence[str]) -> str:
     for key, last, choice in zip(keys, lasts, choices, strict=True):
         parts.append(f"{last if lasts.count(last) == 1 else key}_{choice.partition('=')[2]}")
     label = "-".join(parts)
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("_")
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", label).strip("_")
     name = f"{run_name}-{plain}"
     if plain == label and len(name) <= MAX_NAME_CHARACTERS:
         return name
@@ -208,6 +210,8 @@ class TrialRunner:
             log.close()
         trial.status = "running"
         self._running[slot] = (trial, process, time.monotonic())
+        if self.stopped_by:  # just now, and it is not known to the handler yet
+            _signal_group(process, signal.SIGKILL)
 
     def _collect(self) -> bool:
         """Take note of trials that ended; whether one did."""
@@ -231,16 +235,19 @@ class TrialRunner:
             print("\nstopping: running trials save first", flush=True)
         elif number != signal.SIGINT:
             return
-        self._signal(signal.SIGINT)
+        for _, process, _ in self._running.values():
+            # A launcher that has started nothing yet ignores Ctrl-C, and there is nothing to save.
+            has_ranks = process.poll() is None and psutil.Process(process.pid).children()
+            _signal_group(process, signal.SIGINT if has_ranks else signal.SIGKILL)
 
     def _kill(self) -> None:
-        if self._running:  # left by an exception
-            self._signal(signal.SIGKILL)
+        for _, process, _ in self._running.values():  # left by an exception
+            _signal_group(process, signal.SIGKILL)
 
-    def _signal(self, number: int) -> None:
-        for _, process, _ in self._running.values():
-            if process.poll() is None:
-                os.killpg(process.pid, number)
+
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, number)
 
 
 def _ignore_interrupt() -> None:
