@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_slurm import kill_tree
 from whole_runs import REPOSITORY
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LIMIT_SECONDS = 120
+LOG = "sweep.log"
 RUN = "gemma4_sft-tiny-digits-lr_"
 
 # Takes the place of train.py: a run folder as train.py leaves one. With lr=1 it first trains for
@@ -37,7 +39,7 @@ try:
     time.sleep(30 if lr == 1 and not (folder / "checkpoints").exists() else 0)
 except KeyboardInterrupt:
     (folder / "checkpoints").mkdir()
-    time.sleep(0.5)  # a launcher that dies of the signal would not wait for this
+    time.sleep(3)  # a launcher that dies of the signal would not wait for this
     (folder / "saved").touch()
     sys.exit(130)
 records = [{"step": 0, "eval/loss": 9.0, "eval/exact_match": 0.0}]
@@ -63,13 +65,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def run(*words: str) -> subprocess.Popen:
         script = tmp_path / "scripts" / "sweep.py"
-        process = subprocess.Popen(
-            [sys.executable, script, f"run.dir={tmp_path / 'runs'}", *words],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        # Not a pipe: reading one would wait for the trials, where the sweep does not.
+        with (tmp_path / LOG).open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, script, f"run.dir={tmp_path / 'runs'}", *words],
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         processes.append(process)
         return process
 
@@ -78,15 +81,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
         kill_tree(process)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, folder: Path) -> str:
     """What it printed."""
-    return process.communicate(timeout=LIMIT_SECONDS)[0]
+    process.wait(LIMIT_SECONDS)
+    return (folder / LOG).read_text()
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(happened: Callable[[], object], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not happened():
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < deadline, "it hangs"
         time.sleep(0.01)
 
 
@@ -94,7 +99,7 @@ def test_a_failed_trial_does_not_end_the_sweep(start: Start, tmp_path: Path) -> 
     output = tmp_path / "out" / "sweep.json"
     keys = ("sweep.metric=eval/exact_match", "sweep.jobs=2", f"sweep.output={output}")
     process = start("optim.lr=2,4", *keys)
-    printed = finish(process)
+    printed = finish(process, tmp_path)
     assert process.returncode == 1, printed
     table = printed.rpartition("trial\n")[2].splitlines()
     assert [line.split() for line in table] == [
@@ -112,14 +117,15 @@ def test_ctrl_c_and_the_same_command_again(start: Start, tmp_path: Path) -> None
     process = start("optim.lr=1,3")
     wait_for((first / "ready").exists, process)
     process.send_signal(signal.SIGINT)
-    printed = finish(process)
+    wait_for(lambda: "stopped: " in (tmp_path / LOG).read_text(), process)
+    assert (first / "saved").exists(), "the sweep does not wait for the save"
+    printed = finish(process, tmp_path)
     assert process.returncode == 130, printed
-    assert (first / "saved").exists(), "the sweep waits until the trial has saved"
     assert f"stopped: {RUN}1" in printed and "1 trials were not started" in printed
     assert not second.exists()
 
     process = start("optim.lr=1,3")
-    printed = finish(process)
+    printed = finish(process, tmp_path)
     assert process.returncode == 0, printed
     assert f"to go on -> running: {RUN}1" in printed and f"new -> running: {RUN}3" in printed
     assert (first / "starts").read_text() == 2 * "start\n"
@@ -128,14 +134,11 @@ def test_ctrl_c_and_the_same_command_again(start: Start, tmp_path: Path) -> None
 def test_sigterm_while_the_launcher_loads(start: Start, tmp_path: Path) -> None:
     """The launcher ignores Ctrl-C, and has nothing behind it yet that answers."""
     process = start("optim.lr=1,3")
-    printed = ""
-    assert process.stdout is not None
-    while "-> running" not in printed:
-        printed += process.stdout.readline()
-        assert process.poll() is None, printed
+    wait_for(psutil.Process(process.pid).children, process)
+    time.sleep(0.2)  # it is started, and reads torch and accelerate for some seconds
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    printed += finish(process)
+    printed = finish(process, tmp_path)
     assert process.returncode == 75, printed
     assert time.monotonic() - began < 20, "it waited for the trial to end by itself"
     assert not (tmp_path / "runs").exists()
