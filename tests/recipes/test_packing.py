@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-from gemma4_zoo import TINY_CONFIG, config_of
+from gemma4_zoo import model_folder
 from whole_runs import TrainRun
 
 NUM_ROWS = 24
@@ -25,14 +23,6 @@ WHOLE = (
 NUM_PACKED_ROWS = 9
 
 
-def folder_of(family: str, tmp_path: Path) -> str:
-    """The bundled tiny model with the configuration of another size."""
-    folder = tmp_path / family
-    shutil.copytree(TINY_CONFIG.parent, folder)
-    (folder / "config.json").write_text(json.dumps(config_of(family).to_dict()))
-    return str(folder)
-
-
 @pytest.mark.parametrize(
     ("family", "patches"),
     [("e2b", ()), ("31b", ()), ("31b", ("patches=[]",))],
@@ -41,7 +31,7 @@ def folder_of(family: str, tmp_path: Path) -> str:
 def test_losses_and_gradients_are_those_of_padded_rows(
     family: str, patches: tuple[str, ...], train_run: TrainRun, tmp_path: Path
 ) -> None:
-    model = (f"model.path={folder_of(family, tmp_path)}", "model.weights=random", *patches)
+    model = (f"model.path={model_folder(family, tmp_path)}", "model.weights=random", *patches)
     padded = train_run(
         *WHOLE, *model, f"loop.global_batch_size={NUM_ROWS}", run_dir=tmp_path / "padded"
     )

@@ -15,7 +15,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
     Every document goes into the row with the least space that still takes it, or opens a new one.
     Documents of a length are placed together, so that the time goes with the number of lengths:
-    a million documents take about a tenth of a second.
+    a million documents take tenths of a second.
 
     Args:
         lengths: [N] tokens of each document, descending, from 1 to `capacity`.
