@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from gemtune.data.bucketing import PaddedOrder
 from gemtune.data.collate import Batch
 from gemtune.data.dataset import ChatDataset
+from gemtune.data.handover import Parcel
 from gemtune.data.order import share_of_rank
 from gemtune.data.packing import PackedOrder
 from gemtune.data.streaming import StreamedDataset
@@ -121,22 +122,23 @@ class BatchStream:
 class _Steps(Dataset):
     stream: BatchStream
 
-    def __getitem__(self, step: int) -> list[Batch] | DataError:
+    def __getitem__(self, step: int) -> list[Batch] | Parcel | DataError:
         try:
-            return [self.stream.batch(rows) for rows in self.stream.rows_of(step)]
+            batches = [self.stream.batch(rows) for rows in self.stream.rows_of(step)]
+            return Parcel.pack(batches) if self.stream.num_workers else batches
         except DataError as error:
             # Handed over, not raised: PyTorch would put a worker's traceback into its message.
             return error
 
 
-def _raising(steps: Iterator[list[Batch] | DataError]) -> Iterator[list[Batch]]:
-    """The steps; an error among them is raised."""
+def _raising(steps: Iterator[list[Batch] | Parcel | DataError]) -> Iterator[list[Batch]]:
+    """The batches of the steps; an error among them is raised."""
     error = None
     for batches in steps:
         if isinstance(batches, DataError):
             error = batches
             break
-        yield batches
+        yield batches.unpack() if isinstance(batches, Parcel) else batches
     # Ends the workers here. The traceback would keep them until a garbage collection, which may
     # close their queues first; each is then waited for in vain, 5 seconds long.
     del steps
