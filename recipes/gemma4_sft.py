@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gemtune import adapters, patches, signals
+from gemtune.attention import separate_documents
 from gemtune.checkpoint import (
     CheckpointFolder,
     CheckpointWriter,
@@ -56,6 +57,8 @@ class Stages:
 
     processing: Processing
     train_rows: ChatDataset | StreamedDataset
+    batches: BatchStream
+    """This rank's micro-batches of every step."""
     eval_rows: ChatDataset
     base: nn.Module
     """The Gemma 4 itself, patched."""
@@ -135,7 +138,7 @@ def train_from(
     with screen.training(session.state.step, session.num_steps):
         finished = train(
             session,
-            batch_stream(config, runtime, stages.train_rows),
+            stages.batches,
             config.loop,
             config.checkpoint.every_steps,
         )
@@ -179,14 +182,19 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
         screen.checking,
     )
     screen.lines(dict.fromkeys([*train_rows.notes, *eval_rows.notes]))
-    num_steps = config.loop.num_steps(len(train_rows))
+    batches = batch_stream(config, runtime, train_rows)
+    num_steps = config.loop.num_steps(batches.num_rows)
     runtime.strategy = choose_strategy(config, runtime, processing)
     base = build_base(config, runtime, processing)
     report = patches.apply(base, config.patches)
+    if config.data.packing:
+        separate_documents(base)
     model = adapters.attach(base, config.adapter)
     # Sharded, rank 0 alone has weights to tell.
     identity = runtime.collect([base_identity(model)])[0]
-    return Stages(processing, train_rows, eval_rows, base, report, model, identity, num_steps)
+    return Stages(
+        processing, train_rows, batches, eval_rows, base, report, model, identity, num_steps
+    )
 
 
 def open_session(
@@ -313,6 +321,9 @@ def batch_stream(
         num_workers=config.data.num_workers,
         shuffle=config.data.shuffle,
         pin_memory=runtime.device.type == "cuda",
+        lengths=rows.lengths,
+        packed_tokens=config.data.max_length if config.data.packing else None,
+        bucket_rows=config.data.bucket_rows,
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import json
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def config_of(family: str) -> Gemma4Config:
             "moe_intermediate_size": 32,
         }
     return Gemma4Config.from_dict(copy.deepcopy(values))
+
+
+def model_folder(family: str, parent: Path) -> str:
+    """The bundled tiny model's tokenizer, template and processor with the config of a family."""
+    folder = parent / family
+    shutil.copytree(TINY_CONFIG.parent, folder)
+    (folder / "config.json").write_text(json.dumps(config_of(family).to_dict()))
+    return str(folder)
 
 
 def build(

@@ -10,7 +10,7 @@ from torch import nn
 from gemtune.adapters import Lora
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
-from gemtune.data import ChatDataset, StreamedDataset
+from gemtune.data import BatchStream, ChatDataset, StreamedDataset
 from gemtune.loop import Session
 from gemtune.models import Processing, part_parameters
 from gemtune.patches import PatchReport
@@ -23,6 +23,7 @@ HIGH_FIRST_LOSS = 6.0
 class _Built(Protocol):
     processing: Processing
     train_rows: ChatDataset | StreamedDataset
+    batches: BatchStream
     eval_rows: ChatDataset
     base: nn.Module
     report: PatchReport
@@ -156,6 +157,8 @@ def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
         f"{rows.longest_row_tokens:,}",
         "",
     )
+    if packing := built.batches.packing:
+        yield "", packing, ""
     if rows.rejected:
         yield "", f"{len(rows.rejected):,} bad rows left out (listed below)", ""
 

@@ -11,27 +11,22 @@ import pytest
 import torch
 from whole_runs import RunFolder, TrainRun
 
-import recipes.gemma4_sft as recipe
 from gemtune.checkpoint.tensors import read_tensors
+from gemtune.data import BatchStream
 from gemtune.errors import TrainingError
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """NaN in the images of the last micro-batch of these steps."""
-    original = recipe.batch_stream
+    original = BatchStream.__call__
 
-    def stream(*args: Any) -> Any:
-        batches = original(*args)
+    def poisoned(self: BatchStream, first: int, last: int) -> Iterator[Any]:
+        for step, micro_batches in enumerate(original(self, first, last), start=first + 1):
+            if step in steps:
+                micro_batches[-1].inputs["pixel_values"].fill_(math.nan)
+            yield micro_batches
 
-        def poisoned(first: int, last: int) -> Iterator[Any]:
-            for step, micro_batches in enumerate(batches(first, last), start=first + 1):
-                if step in steps:
-                    micro_batches[-1].inputs["pixel_values"].fill_(math.nan)
-                yield micro_batches
-
-        return poisoned
-
-    monkeypatch.setattr(recipe, "batch_stream", stream)
+    monkeypatch.setattr(BatchStream, "__call__", poisoned)
 
 
 # Adam divides by the size of the gradient: with its usual eps, entries that are zero but for

@@ -55,11 +55,21 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
     [
         (),
         ("data.num_workers=2",),
+        ("data.packing=true", "data.max_length=64", "data.num_workers=2"),
+        ("data.bucket_rows=16",),
         ("model.gradient_checkpointing=true",),
         LORA,
         (*LORA, "model.gradient_checkpointing=true", "data.num_workers=2"),
     ],
-    ids=["plain", "workers", "recompute", "lora-dropout", "lora-dropout-recompute-workers"],
+    ids=[
+        "plain",
+        "workers",
+        "packed",
+        "buckets",
+        "recompute",
+        "lora-dropout",
+        "lora-dropout-recompute-workers",
+    ],
 )
 def test_ctrl_c_and_the_same_command_again(
     train_run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]

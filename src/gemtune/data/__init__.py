@@ -1,7 +1,7 @@
 """From rows of conversations to batches: sources, rendering, media, order, collation."""
 
 from gemtune.data.chat import ChatEncoder, Example
-from gemtune.data.collate import Batch, collate
+from gemtune.data.collate import Batch, collate, collate_packed
 from gemtune.data.dataset import ChatDataset, DataConfig, prepare
 from gemtune.data.stream import BatchStream
 from gemtune.data.streaming import StreamedDataset
@@ -15,5 +15,6 @@ __all__ = [
     "Example",
     "StreamedDataset",
     "collate",
+    "collate_packed",
     "prepare",
 ]

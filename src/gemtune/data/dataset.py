@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemtune.data.chat import IGNORE_INDEX, ChatEncoder, Example
-from gemtune.data.collate import Batch, collate
+from gemtune.data.collate import Batch, collate, collate_packed
 from gemtune.data.filters import read_filter
 from gemtune.data.formats import check_mapping
 from gemtune.data.media import ImageEncoder
@@ -56,6 +56,12 @@ class DataConfig:
     max_image_pixels: int = option(50_000_000, "a larger image is a bad row, and not decoded")
     max_media_bytes: int = option(200_000_000, "a larger file is a bad row, and not read")
     verify_images: bool = option(False, "decode every image in the check, not its header alone")
+    packing: bool = option(
+        False, "whole rows together in rows of max_length; loop.*_batch_size count those"
+    )
+    bucket_rows: int | None = option(
+        None, "rows sorted by length together; null: those of a step, same gradient; 0: none"
+    )
 
     def __post_init__(self) -> None:
         if self.path is None and not self.mix:
@@ -72,6 +78,7 @@ class DataConfig:
         require_range("data.eval_generate_rows", self.eval_generate_rows, at_least=0)
         require_range("data.eval_max_new_tokens", self.eval_max_new_tokens, at_least=1)
         require_range("data.num_workers", self.num_workers, at_least=0)
+        self._check_batching()
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"data.eval_fraction={self.eval_fraction} must be in [0, 1).")
 
@@ -94,6 +101,32 @@ class DataConfig:
                     f"data.{name} is for data.path; give each source of data.mix its own."
                 )
         read_mix(self.mix)
+
+    def _check_batching(self) -> None:
+        require_range("data.bucket_rows", self.bucket_rows, at_least=0)
+        if self.packing and self.streaming:
+            raise ConfigError(
+                "data.packing=true needs the length of every row before the first step, and "
+                "data.streaming=true does not look at them. Leave one of them out."
+            )
+        if not self.bucket_rows:
+            return
+        rows = f"data.bucket_rows={self.bucket_rows}"
+        if self.packing:
+            raise ConfigError(
+                f"{rows} is for padded rows; data.packing=true pads next to nothing. Leave one of "
+                "them out."
+            )
+        if self.streaming:
+            raise ConfigError(
+                f"{rows} sorts by lengths that data.streaming=true does not know. Leave one of "
+                "them out."
+            )
+        if not self.shuffle:
+            raise ConfigError(
+                f"{rows} changes the order of the file, which data.shuffle=false keeps. Leave one "
+                "of them out."
+            )
 
     @property
     def sources(self) -> str:
@@ -221,6 +254,20 @@ class ChatDataset:
             image_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
             padding_side=padding_side,
         )
+
+    def packed_batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """Several examples in each row, see `collate_packed`."""
+        tokenizer = self.encoder.tokenizer
+        return collate_packed(
+            rows,
+            pad_id=tokenizer.pad_token_id,
+            image_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] tokens of each row."""
+        return np.array([len(kept.ids) for kept in self._kept], dtype=np.int64)
 
     @property
     def every_row_has_images(self) -> bool:

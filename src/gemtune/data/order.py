@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
+Row = TypeVar("Row")
+
+
+def generator_of(*words: int) -> np.random.Generator:
+    """Random numbers that these words decide, and nothing else."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+
 
 @functools.lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(num_samples)
+def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """[N] the samples of an epoch in order."""
+    return generator_of(seed, epoch).permutation(num_samples)
 
 
-def sample_at(position: int, num_samples: int, seed: int, *, shuffle: bool = True) -> int:
-    """The sample at a position of the endless stream of shuffled epochs.
+def samples_at(
+    first: int, count: int, num_samples: int, seed: int, *, shuffle: bool = True
+) -> np.ndarray:
+    """[count] the samples from a position on, of the endless stream of shuffled epochs.
 
     Nothing but the arguments decides, so that a resumed run and a run on another number of
     processes go on with the very sample that was due.
     """
-    epoch, offset = divmod(position, num_samples)
-    return int(_permutation(num_samples, seed, epoch)[offset]) if shuffle else offset
+    epochs, offsets = np.divmod(np.arange(first, first + count), num_samples)
+    if not shuffle:
+        return offsets
+    samples = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        samples[here] = permutation(num_samples, seed, epoch)[offsets[here]]
+    return samples
 
 
-def micro_batches(
-    step: int,
-    *,
-    num_samples: int,
-    seed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    shuffle: bool = True,
-) -> list[list[int]]:
-    """The sample indices of one optimizer step (from 0) for one rank, as its micro-batches.
+def share_of_rank(
+    rows: Sequence[Row], *, micro_batch_size: int, rank: int, world_size: int
+) -> list[list[Row]]:
+    """The micro-batches of one rank, of the rows of a step.
 
-    The ranks' shares together are positions [step * global, (step + 1) * global) of the stream,
-    whatever the number of ranks or the size of a micro-batch.
+    Every rank takes each `world_size`-th row, so that of rows in the order of their lengths the
+    ranks' micro-batches of a number are alike.
     """
-    first = step * global_batch_size
-    mine = [
-        sample_at(position, num_samples, seed, shuffle=shuffle)
-        for position in range(first + rank, first + global_batch_size, world_size)
-    ]
-    return [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+    mine = rows[rank::world_size]
+    return [list(mine[i : i + micro_batch_size]) for i in range(0, len(mine), micro_batch_size)]

@@ -130,6 +130,11 @@ class StreamedDataset:
         )
 
     @property
+    def lengths(self) -> None:
+        """Not known before."""
+        return None
+
+    @property
     def every_row_has_images(self) -> bool:
         """Never known before."""
         return False

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma4ForConditionalGeneration
 
-from gemtune.data import Example, collate
+from gemtune.data import Example, collate, collate_packed
 from gemtune.data.media import EncodedImage
 
 PAD, IMAGE_ID = 0, 19
@@ -88,6 +88,49 @@ def test_text_alone_has_no_pixels(examples):
     batch = collate(examples[:1], pad_id=PAD, image_id=IMAGE_ID)
     assert set(batch.inputs) == {"input_ids", "attention_mask", "mm_token_type_ids"}
     assert all(value.dtype == torch.int64 for value in batch.inputs.values())
+
+
+def pack(rows):
+    return collate_packed(rows, pad_id=PAD, image_id=IMAGE_ID)
+
+
+def test_packed_rows(examples):
+    short, long, wide = examples
+    batch = pack([[long, short], [wide]])
+    assert batch.inputs["input_ids"].tolist() == [
+        [2, 17, 19, 21, 40, 41, 16, 2, 30, 31],
+        [2, 17, 19, 21, 40, 0, 0, 0, 0, 0],
+    ]
+    assert batch.inputs["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 0, 1, 2],
+        [0, 1, 2, 3, 4, 0, 1, 2, 3, 4],  # the padding is a document of its own
+    ]
+    assert batch.inputs["mm_token_type_ids"].tolist() == [
+        [0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert batch.labels.tolist() == [
+        [-100, -100, -100, -100, 40, 41, 16, -100, -100, 31],
+        [-100, -100, -100, -100, 40, -100, -100, -100, -100, -100],
+    ]
+    assert batch.rows == ["row b", "row a", "row c"]
+    assert (batch.num_tokens, batch.num_supervised_tokens) == (15, 5)
+    assert batch.inputs["pixel_values"][:, 0, 0].tolist() == [0.5, 0.25]  # order of their places
+
+
+def test_an_attention_mask_would_join_the_documents(examples):
+    assert set(pack([examples[:1] * 2]).inputs) == {
+        "input_ids",
+        "position_ids",
+        "mm_token_type_ids",
+    }
+
+
+def test_no_document_has_to_predict_the_next_one():
+    every = Example(np.array([5, 6, 7]), np.array([5, 6, 7]))
+    batch = pack([[every, every]])
+    assert batch.labels.tolist() == [[-100, 6, 7, -100, 6, 7]]
+    assert batch.num_supervised_tokens == int((batch.labels[:, 1:] != -100).sum()) == 4
 
 
 def test_moving_keeps_everything(examples):

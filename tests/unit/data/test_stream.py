@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gemtune.data import BatchStream, DataConfig, prepare
-from gemtune.data.order import sample_at
-from gemtune.errors import DataError
+from gemtune.data.order import samples_at
+from gemtune.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -45,30 +45,93 @@ def assert_same(ours, theirs):
 def test_the_rows_are_those_due(dataset):
     steps = list(stream(dataset)(0, 5))
     for step, batches in enumerate(steps):
-        due = [dataset[sample_at(step * 4 + i, 10, seed=1)].where for i in range(4)]
+        due = [dataset[i].where for i in samples_at(step * 4, 4, 10, seed=1)]
         assert [batch.rows for batch in batches] == [due[:3], due[3:]]
     assert len({row for step in steps for batch in step for row in batch.rows}) == 10
 
 
-def test_workers_change_nothing(dataset):
-    assert_same(list(stream(dataset)(0, 5)), list(stream(dataset, num_workers=2)(0, 5)))
+def arranged(dataset, way):
+    """How rows are put together: as they come, sorted within a step, in buckets, packed."""
+    known = {"lengths": dataset.lengths}
+    return {
+        "as they come": {},
+        "sorted": known,
+        "buckets": known | {"bucket_rows": 8, "global_batch_size": 2},
+        "packed": known | {"packed_tokens": 2 * dataset.longest_row_tokens},
+    }[way]
 
 
+WAYS = ("as they come", "sorted", "buckets", "packed")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_workers_change_nothing(dataset, way):
+    options = arranged(dataset, way)
+    ours, theirs = (stream(dataset, num_workers=n, **options)(0, 5) for n in (0, 2))
+    assert_same(list(ours), list(theirs))
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_starting_later_is_the_same_as_skipping(dataset, num_workers):
-    whole = list(stream(dataset)(0, 6))
-    assert_same(list(stream(dataset, num_workers=num_workers)(3, 6)), whole[3:])
+def test_starting_later_is_the_same_as_skipping(dataset, num_workers, way):
+    options = arranged(dataset, way)
+    whole = list(stream(dataset, **options)(0, 6))
+    assert_same(list(stream(dataset, num_workers=num_workers, **options)(3, 6)), whole[3:])
 
 
 def test_nothing_is_left_after_the_last_step(dataset):
     assert list(stream(dataset)(5, 5)) == list(stream(dataset)(6, 5)) == []
 
 
-def test_the_ranks_together_see_the_global_batch(dataset):
-    alone = next(stream(dataset)(2, 3))
-    ranks = [next(stream(dataset, rank=r, world_size=2)(2, 3)) for r in (0, 1)]
-    rows = [row for batches in ranks for batch in batches for row in batch.rows]
-    assert sorted(rows) == sorted(row for batch in alone for row in batch.rows)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_the_ranks_together_see_the_global_batch(dataset, way, micro_batch_size):
+    options = arranged(dataset, way)
+    for step in (0, 2, 5):
+        (alone,) = stream(dataset, **options)(step, step + 1)
+        shared = options | {"micro_batch_size": micro_batch_size, "world_size": 2}
+        ranks = [next(stream(dataset, rank=r, **shared)(step, step + 1)) for r in (0, 1)]
+        rows = [row for batches in ranks for batch in batches for row in batch.rows]
+        assert sorted(rows) == sorted(row for batch in alone for row in batch.rows)
+
+
+def test_packed_rows_are_those_of_the_plan(dataset):
+    capacity = 2 * dataset.longest_row_tokens
+    packed = stream(dataset, lengths=dataset.lengths, packed_tokens=capacity)
+    assert packed.num_rows < len(dataset) == 10
+    for step, batches in enumerate(packed(0, 4)):
+        rows = [row for micro in packed.rows_of(step) for row in micro]
+        assert rows == packed.order.step_rows(step)
+        due = [dataset[i].where for row in rows for i in row]
+        assert [row for batch in batches for row in batch.rows] == due
+        for batch in batches:
+            assert "attention_mask" not in batch.inputs
+            assert batch.inputs["input_ids"].shape[1] <= capacity
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"packing": True}, r"^data\.bucket_rows=64 is for padded rows; data\.packing=true pads"),
+        ({"shuffle": False}, r"^data\.bucket_rows=64 changes the order of the file"),
+        ({"streaming": True}, r"^data\.bucket_rows=64 sorts by lengths that data\.streaming=true"),
+        (
+            {"bucket_rows": None, "packing": True, "streaming": True},
+            r"^data\.packing=true needs the length of every row before the first step",
+        ),
+        ({"bucket_rows": -1}, r"^data\.bucket_rows=-1 is too small"),
+    ],
+)
+def test_combinations_that_cannot_be(options, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        DataConfig(path="a.jsonl", **{"bucket_rows": 64} | options)
+
+
+def test_packing_needs_lengths(dataset):
+    with pytest.raises(
+        ConfigError, match=r"^Rows whose lengths are not known before the first step cannot"
+    ):
+        stream(dataset, packed_tokens=100)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
