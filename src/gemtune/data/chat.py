@@ -12,7 +12,7 @@ from PIL import Image
 
 from gemtune.data.control_tokens import ControlTokens
 from gemtune.data.conversation import Conversation, ConversationReader
-from gemtune.data.fitting import EncodedText, Fitter
+from gemtune.data.fitting import EncodedText, Fitter, labels_of
 from gemtune.data.learning import LearnedMessages, refuse_unread_keys
 from gemtune.data.leaves import plain_shape_key, read_shape
 from gemtune.data.media import EncodedImage, ImageEncoder
@@ -116,8 +116,6 @@ class ChatEncoder:
         )
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._prefixes: dict[bool, str] = {False: self._find_answer_prefix(False)}
-        self.num_rows_with_control_tokens = 0
-        """Of those encoded so far, rows that have one in a text."""
 
     def encode_texts(
         self, rows: Sequence[tuple[dict[str, Any] | DataError, str]]
@@ -128,7 +126,7 @@ class ChatEncoder:
         beginning with its place, in its place; and so has one that is given as an error.
         """
         results: list[Any] = [row if isinstance(row, DataError) else None for row, _ in rows]
-        waiting: list[tuple[int, Conversation, Plan, Sequence[str], Any, int]] = []
+        waiting: list[tuple[int, Conversation, Plan, frozenset[int] | None, int]] = []
         texts: list[str] = []
         for number, (row, where) in enumerate(rows):
             if isinstance(row, DataError):
@@ -140,11 +138,11 @@ class ChatEncoder:
                 results[number] = error
                 continue
             new = texts_to_encode(plan, own)
-            waiting.append((number, conversation, plan, own, learned, len(new)))
+            waiting.append((number, conversation, plan, learned, len(new)))
             texts += new
         encoded = self.control.encode(texts)
         at = 0
-        for number, conversation, plan, _, learned, count in waiting:
+        for number, conversation, plan, learned, count in waiting:
             try:
                 results[number] = self._finish(
                     plan, encoded[at : at + count], learned, conversation
@@ -164,7 +162,8 @@ class ChatEncoder:
         if isinstance(result, DataError):
             raise result
         text, images = result
-        return Example(text.ids, text.labels(IGNORE_INDEX), where=where), images
+        ids = np.array(text.ids, dtype=np.int32)
+        return Example(ids, labels_of(ids, text.runs, IGNORE_INDEX), where=where), images
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
         """The row as a training example, images decoded."""
@@ -302,12 +301,7 @@ class ChatEncoder:
         where = conversation.where
         pictures = list(map(self._image_ids, images))
         ids, runs = assemble(plan, encoded, pictures, learned, where)
-        text = EncodedText(
-            np.array(ids, dtype=np.int32),
-            np.array(runs, dtype=np.int32).reshape(-1, 2),
-            where,
-            len(images),
-        )
+        text = EncodedText(ids, runs, where, len(images))
         fitted = self._fitter.fit(text)
         if not fitted.num_supervised_tokens:
             raise DataError(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gemtune.data.words import WordEncoder
 from gemtune.errors import DataError
 
 # Texts whose tokens must not depend on the control token before them.
@@ -38,6 +39,7 @@ class ControlTokens:
         self._begins = tuple({token[0] for token in self.ids})
         self._all = frozenset(self.ids.values())
         self._backend = tokenizer.backend_tokenizer
+        self._words = WordEncoder(self._backend)
         self._check_independence(tokenizer)
 
     def found_in(self, text: str) -> bool:
@@ -53,8 +55,7 @@ class ControlTokens:
         """Ids of each text, none of them a control token's whatever the text says."""
         if not texts:
             return []
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [each.ids for each in encoded]
+        ids = self._words.encode(texts)
         for number, text in enumerate(texts):
             if self.found_in(text):
                 ids[number] = self._as_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,9 @@ from gemtune.errors import DataError
 class EncodedText:
     """Ids of a row, the stretches that are learned, and which of its images it still has."""
 
-    ids: np.ndarray
-    """[S] int32."""
-    runs: np.ndarray
-    """[R, 2] int32: begin and end of each learned stretch, in order."""
+    ids: list[int]
+    runs: list[tuple[int, int]]
+    """Begin and end of each learned stretch, in order."""
     where: str
     num_images: int = 0
     first_image: int = 0
@@ -25,17 +25,13 @@ class EncodedText:
     @property
     def num_supervised_tokens(self) -> int:
         """The first token is predicted by nothing."""
-        return int((self.runs[:, 1] - np.maximum(self.runs[:, 0], 1)).sum())
-
-    def labels(self, ignored: int) -> np.ndarray:
-        """[S] int32: the ids where they are learned."""
-        return labels_of(self.ids, self.runs, ignored)
+        return sum(end - (begin or 1) for begin, end in self.runs)
 
 
-def labels_of(ids: np.ndarray, runs: np.ndarray, ignored: int) -> np.ndarray:
+def labels_of(ids: np.ndarray, runs: Iterable[Sequence[int]], ignored: int) -> np.ndarray:
     """[S] the ids within the runs, `ignored` elsewhere."""
-    labels = np.full(len(ids), ignored, dtype=np.int32)
-    for begin, end in runs.tolist():
+    labels = np.full_like(ids, ignored)
+    for begin, end in runs:
         labels[begin:end] = ids[begin:end]
     return labels
 
@@ -88,7 +84,7 @@ class Fitter:
         return self._fit_left(text)
 
     def _fit_left(self, text: EncodedText) -> EncodedText:
-        ids, length = text.ids, len(text.ids)
+        ids, length = np.array(text.ids), len(text.ids)
         header = [self._turn, *self._user]
         users = [
             place
@@ -106,7 +102,7 @@ class Fitter:
             text = self._without(text, first, last)
             excess, last = excess - (last - first), first
         begin = last + len(header)
-        turn_end = begin + int(np.flatnonzero(text.ids[begin:] == self._turn_end)[0])
+        turn_end = begin + int(np.flatnonzero(np.array(text.ids[begin:]) == self._turn_end)[0])
         if begin + excess >= turn_end:
             raise DataError(
                 f"{text.where}: data.max_length={self.max_length} is too short for its last answer "
@@ -130,15 +126,19 @@ class Fitter:
                 cut_images += 1
             elif first < end and last >= begin:
                 raise DataError(
-                    f"{text.where}: data.max_length={self.max_length} cuts through an image (tokens "
-                    f"{first} to {last}). Raise it to at least "
-                    f"{last + 1 if self.truncate == 'right' else len(text.ids)}, or leave such rows "
-                    "out with data.on_bad_row=skip."
+                    f"{text.where}: data.max_length={self.max_length} cuts through an image "
+                    f"(tokens {first} to {last}). Raise it to at least "
+                    f"{last + 1 if self.truncate == 'right' else len(text.ids)}, or leave such "
+                    "rows out with data.on_bad_row=skip."
                 )
-        runs = np.where(text.runs <= begin, text.runs, np.maximum(text.runs - (end - begin), begin))
+
+        def moved(place: int) -> int:
+            return place if place <= begin else max(place - (end - begin), begin)
+
+        runs = [(moved(first), moved(last)) for first, last in text.runs]
         return EncodedText(
-            np.concatenate([text.ids[:begin], text.ids[end:]]),
-            runs[runs[:, 1] > runs[:, 0]],
+            text.ids[:begin] + text.ids[end:],
+            [(first, last) for first, last in runs if last > first],
             text.where,
             text.num_images - cut_images,
             text.first_image + (cut_images if end < len(text.ids) else 0),
@@ -146,8 +146,8 @@ class Fitter:
 
     def _media_runs(self, text: EncodedText) -> list[tuple[int, int]]:
         """(first, last) token of every medium, its begin and end tokens with it."""
-        ids = text.ids
-        runs = []
+        ids = np.array(text.ids)
+        runs: list[tuple[int, int]] = []
         for begin, end in self._media.items():
             firsts, lasts = np.flatnonzero(ids == begin), np.flatnonzero(ids == end)
             runs += list(zip(firsts.tolist(), lasts.tolist(), strict=True))

@@ -81,7 +81,7 @@ class _Guards(NodeTransformer):
 
     visit_For = visit_Macro = visit_CallBlock = _ticking
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _guard("joined", *node.nodes)
 
@@ -191,7 +191,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
             raise LimitError(f"it makes a text of more than {MAX_CHARACTERS:,} characters")
         return result
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         __self.tick()
         owner = getattr(__obj, "__self__", None)
         if owner is not __self:
@@ -218,11 +218,9 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
             allowed = name in _MAPPING_METHODS
         elif isinstance(owner, list | tuple):
             allowed = name in _LIST_METHODS
-        elif (
-            isinstance(called, Macro | LoopContext | BlockReference | Undefined)
-            or isinstance(owner, LoopContext | Cycler | Joiner)
-            or isinstance(called, Joiner)
-        ):
+        elif isinstance(
+            called, Macro | LoopContext | BlockReference | Undefined | Joiner
+        ) or isinstance(owner, LoopContext | Cycler | Joiner):
             allowed = True
         else:
             allowed = any(called is known for known in self.globals.values())
