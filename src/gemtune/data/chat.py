@@ -117,16 +117,16 @@ class ChatEncoder:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._prefixes: dict[bool, str] = {False: self._find_answer_prefix(False)}
 
-    def encode_texts(
+    def encode_rows(
         self, rows: Sequence[tuple[dict[str, Any] | DataError, str]]
-    ) -> list[tuple[EncodedText, list[Image.Image]] | DataError]:
-        """Ids and what is learned of each (row, place), with images opened but not decoded.
+    ) -> list[EncodedText | DataError]:
+        """Ids and what is learned of each (row, place): images are measured, not decoded.
 
         One call of the tokenizer for all of them. A row that cannot be learned from has its error,
         beginning with its place, in its place; and so has one that is given as an error.
         """
         results: list[Any] = [row if isinstance(row, DataError) else None for row, _ in rows]
-        waiting: list[tuple[int, Conversation, Plan, frozenset[int] | None, int]] = []
+        waiting: list[tuple[int, Plan, list[list[int]], frozenset[int] | None, int]] = []
         texts: list[str] = []
         for number, (row, where) in enumerate(rows):
             if isinstance(row, DataError):
@@ -134,19 +134,21 @@ class ChatEncoder:
             try:
                 conversation = self._read(row, where)
                 plan, own, learned = self._plan(conversation)
+                # Not the images themselves: each may be an open file.
+                pictures = list(map(self._image_ids, conversation.images))
             except DataError as error:
                 results[number] = error
                 continue
             new = texts_to_encode(plan, own)
-            waiting.append((number, conversation, plan, learned, len(new)))
+            waiting.append((number, plan, pictures, learned, len(new)))
             texts += new
         encoded = self.control.encode(texts)
         at = 0
-        for number, conversation, plan, learned, count in waiting:
+        for number, plan, pictures, learned, count in waiting:
+            where = rows[number][1]
             try:
-                results[number] = self._finish(
-                    plan, encoded[at : at + count], learned, conversation
-                )
+                ids, runs = assemble(plan, encoded[at : at + count], pictures, learned, where)
+                results[number] = self._fit(EncodedText(ids, runs, where, len(pictures)))
             except DataError as error:
                 results[number] = error
             at += count
@@ -158,12 +160,15 @@ class ChatEncoder:
         Raises:
             DataError: naming the row, for anything that cannot be learned from.
         """
-        result = self.encode_texts([(row, where)])[0]
+        result = self.encode_rows([(row, where)])[0]
         if isinstance(result, DataError):
             raise result
-        text, images = result
-        ids = np.array(text.ids, dtype=np.int32)
-        return Example(ids, labels_of(ids, text.runs, IGNORE_INDEX), where=where), images
+        ids = np.array(result.ids, dtype=np.int32)
+        example = Example(ids, labels_of(ids, result.runs, IGNORE_INDEX), where=where)
+        if not result.num_images:
+            return example, []
+        images = self._reader.read(row, where).images
+        return example, images[result.first_image : result.first_image + result.num_images]
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
         """The row as a training example, images decoded."""
@@ -290,25 +295,15 @@ class ChatEncoder:
         count = self.images.num_soft_tokens(image)
         return [self._boi_id, *[self._image_id] * count, self._eoi_id]
 
-    def _finish(
-        self,
-        plan: Plan,
-        encoded: Sequence[Sequence[int]],
-        learned: frozenset[int] | None,
-        conversation: Conversation,
-    ) -> tuple[EncodedText, list[Image.Image]]:
-        images = conversation.images
-        where = conversation.where
-        pictures = list(map(self._image_ids, images))
-        ids, runs = assemble(plan, encoded, pictures, learned, where)
-        text = EncodedText(ids, runs, where, len(images))
+    def _fit(self, text: EncodedText) -> EncodedText:
+        """Refuse or cut a row that is too long; refuse one without a label."""
         fitted = self._fitter.fit(text)
         if not fitted.num_supervised_tokens:
             raise DataError(
-                f"{where}: no token is left to learn"
+                f"{text.where}: no token is left to learn"
                 + (" after cutting it to data.max_length." if fitted is not text else ".")
             )
-        return fitted, images[fitted.first_image : fitted.first_image + fitted.num_images]
+        return fitted
 
     def _decode(self, example: Example, images: list[Image.Image]) -> Example:
         """The example with its images as patches."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gemtune.data.chat import IGNORE_INDEX, ChatEncoder, Example
+from gemtune.data.chat import IGNORE_INDEX, ChatEncoder, Example, Rendering
 from gemtune.data.collate import Batch, collate
 from gemtune.data.filters import read_filter
+from gemtune.data.fitting import labels_of
 from gemtune.data.formats import check_mapping
+from gemtune.data.learning import LEARN
 from gemtune.data.media import ImageEncoder
 from gemtune.data.media_files import MediaPolicy
 from gemtune.data.mixture import read_mix
+from gemtune.data.preparation import Preparation, Progress
+from gemtune.data.prepared import PreparedRows
 from gemtune.data.sources import Source, join_sources, mixed_order, read_source
 from gemtune.data.streaming import StreamedDataset, check_streaming
 from gemtune.errors import ConfigError, DataError
@@ -47,8 +51,21 @@ class DataConfig:
     eval_generate_rows: int | None = option(8, "rows answered by generating; null: all")
     eval_max_new_tokens: int = option(64, "longest generated answer, in tokens")
     max_length: int = option(2048, "tokens of a row, image tokens included")
-    truncate: str = option("none", "none: a longer row is a bad row; right: its text is cut")
+    truncate: str = option("none", "none: a longer row is a bad row; right, left: its text is cut")
     on_bad_row: str = option("error", "error: stop; skip: leave it out, count and name it")
+    max_bad_rows: int | None = option(None, "skip: more than these stop the run; null: any number")
+    learn: str = option("assistant", "assistant, last_assistant, completion, or all (but media)")
+    thinking: str = option("auto", "tell the template so: auto (rows with reasoning), on or off")
+    dropped_reasoning: str = option(
+        "refuse", "reasoning that the template leaves out: refuse, keep (put it back) or drop"
+    )
+    empty_thought: str = option(
+        "last", "12B and up answer after an empty thought: before the last answer, or all"
+    )
+    ignored_keys: list[str] = option([], "keys of messages that need not be rendered: [id, date]")
+    prepared: str = option("keep", "keep (in cache_dir), refresh (anew), off (in memory)")
+    cache_dir: str | None = option(None, "prepared rows; null: ~/.cache/gemtune/prepared")
+    num_prepare_workers: int | None = option(None, "processes; null: as many as are worth it")
     shuffle: bool = option(True, "a new order each epoch, decided by run.seed")
     num_workers: int = option(0, "loader processes; 0: in the training process")
     media_root: str | None = option(None, "folder that media paths may not leave; null: the file's")
@@ -64,7 +81,8 @@ class DataConfig:
                 "id: data.path=conversations.jsonl"
             )
         self._check_sources()
-        require_choice("data.truncate", self.truncate, ["none", "right"])
+        self._check_rendering()
+        require_choice("data.truncate", self.truncate, ["none", "right", "left"])
         require_choice("data.on_bad_row", self.on_bad_row, ["error", "skip"])
         require_range("data.max_length", self.max_length, at_least=2)
         require_range("data.max_rows", self.max_rows, at_least=1)
@@ -74,6 +92,34 @@ class DataConfig:
         require_range("data.num_workers", self.num_workers, at_least=0)
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"data.eval_fraction={self.eval_fraction} must be in [0, 1).")
+
+    def _check_rendering(self) -> None:
+        require_choice("data.learn", self.learn, LEARN)
+        require_choice("data.thinking", self.thinking, ["auto", "on", "off"])
+        require_choice("data.dropped_reasoning", self.dropped_reasoning, ["refuse", "keep", "drop"])
+        require_choice("data.empty_thought", self.empty_thought, ["last", "all"])
+        require_choice("data.prepared", self.prepared, ["keep", "refresh", "off"])
+        require_range("data.max_bad_rows", self.max_bad_rows, at_least=0)
+        require_range("data.num_prepare_workers", self.num_prepare_workers, at_least=1)
+
+    @property
+    def rendering(self) -> Rendering:
+        """What the encoder is told."""
+        return Rendering(
+            learn=self.learn,
+            thinking=self.thinking,
+            dropped_reasoning=self.dropped_reasoning,
+            empty_thought=self.empty_thought,
+            ignored_keys=tuple(self.ignored_keys),
+        )
+
+    def check_bad_rows(self, num_bad: int) -> None:
+        """Raise DataError where more rows are bad than may be."""
+        if self.max_bad_rows is not None and num_bad > self.max_bad_rows:
+            raise DataError(
+                f"{num_bad} bad rows are more than data.max_bad_rows={self.max_bad_rows}. Mend "
+                "them, or raise it. python scripts/preview_data.py lists them."
+            )
 
     def _check_sources(self) -> None:
         require_choice("data.mix_epoch", self.mix_epoch, ["all", "first"])
@@ -143,74 +189,61 @@ class DataConfig:
         )
 
 
-@dataclass(slots=True)
-class _Kept:
-    """A good row: where it stands in the source, and its [S] int32 ids and labels."""
-
-    index: int
-    ids: np.ndarray
-    labels: np.ndarray
-    num_images: int
-
-
 class ChatDataset:
     """Rows that were found good, in the order of the source.
 
-    Ids and labels are kept (8 bytes a token); images are read again when a batch needs them.
+    Their ids and what is learned of them are prepared, usually in files that every rank maps into
+    memory; images are read again when a batch needs them.
+
+    Args:
+        prepared: the first rows of the source, encoded.
+        rows: those of them that this data set is made of, in growing order; None: all.
     """
 
-    def __init__(self, source: Source, encoder: ChatEncoder) -> None:
+    def __init__(
+        self,
+        source: Source,
+        encoder: ChatEncoder,
+        prepared: PreparedRows,
+        rows: np.ndarray | None = None,
+    ) -> None:
         self.source = source
         self.encoder = encoder
-        self.rejected: list[str] = []
         self.notes: list[str] = list(source.notes)
         """What was understood of the source, one line each."""
-        self._kept: list[_Kept] = []
-
-    def check(
-        self, indices: Sequence[int], on_bad_row: str, progress: Callable[[int, int], None]
-    ) -> None:
-        """Encode the text of every row. A bad one raises, or is left out and named."""
-        for done, index in enumerate(indices, start=1):
-            try:
-                example, images = self.encoder.encode_text(
-                    self.source.rows[index], self.source.describe(index)
-                )
-            except DataError as error:
-                if on_bad_row == "error":
-                    raise
-                self.rejected.append(str(error))
-            else:
-                self._keep(index, example, len(images))
-            progress(done, len(indices))
+        self.prepared = prepared
+        rows = np.arange(len(prepared)) if rows is None else rows
+        bad = prepared.is_bad[rows]
+        self.rejected: list[str] = [prepared.reason(row) for row in rows[bad].tolist()]
+        self._rows = rows[~bad]
 
     def mix(self, seed: int, epoch: str) -> None:
         """Repeat the rows of a mix as its weights say. Counts are then those of an epoch."""
-        order, note = mixed_order(self.source, [kept.index for kept in self._kept], seed, epoch)
-        self._kept = [self._kept[i] for i in order.tolist()]
+        order, note = mixed_order(self.source, self._rows, seed, epoch)
+        self._rows = self._rows[order]
         self.notes.append(note)
 
-    def _keep(self, index: int, example: Example, num_images: int) -> None:
-        ids, labels = example.input_ids.astype(np.int32), example.labels.astype(np.int32)
-        self._kept.append(_Kept(index, ids, labels, num_images))
-
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Example:
-        kept = self._kept[i]
-        example = Example(kept.ids, kept.labels, where=self.source.describe(kept.index))
-        if not kept.num_images:
+        row = int(self._rows[i])
+        ids = self.prepared.ids(row)
+        labels = labels_of(ids, self.prepared.runs(row).tolist(), IGNORE_INDEX)
+        example = Example(ids, labels, where=self.source.describe(row))
+        num_images = int(self.prepared.num_images[row])
+        if not num_images:
             return example
-        return self.encoder.add_images(example, self.source.rows[kept.index], kept.num_images)
+        first = int(self.prepared.first_image[row])
+        return self.encoder.add_images(example, self.source.rows[row], num_images, first)
 
     def row(self, i: int) -> dict[str, Any]:
         """The row as the source has it."""
-        return self.source.rows[self._kept[i].index]
+        return self.source.rows[int(self._rows[i])]
 
     def prompt(self, i: int) -> tuple[Example, str]:
         """The row up to its last answer, and that answer."""
-        return self.encoder.encode_prompt(self.row(i), self.source.describe(self._kept[i].index))
+        return self.encoder.encode_prompt(self.row(i), self.source.describe(int(self._rows[i])))
 
     def batch(self, examples: Sequence[Example], padding_side: str = "right") -> Batch:
         """Collate with this tokenizer's padding."""
@@ -223,24 +256,29 @@ class ChatDataset:
         )
 
     @property
+    def lengths(self) -> np.ndarray:
+        """[N] tokens of each row."""
+        return self.prepared.lengths[self._rows].astype(np.int64)
+
+    @property
     def every_row_has_images(self) -> bool:
-        return all(kept.num_images for kept in self._kept)
+        return bool((self.prepared.num_images[self._rows] > 0).all())
 
     @property
     def num_images(self) -> int:
-        return sum(kept.num_images for kept in self._kept)
+        return int(self.prepared.num_images[self._rows].sum())
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(kept.ids) for kept in self._kept)
+        return int(self.prepared.lengths[self._rows].sum())
 
     @property
     def num_supervised_tokens(self) -> int:
-        return sum(int((kept.labels[1:] != IGNORE_INDEX).sum()) for kept in self._kept)
+        return int(self.prepared.num_supervised_tokens[self._rows].sum())
 
     @property
     def longest_row_tokens(self) -> int:
-        return max((len(kept.ids) for kept in self._kept), default=0)
+        return int(self.prepared.lengths[self._rows].max(initial=0))
 
 
 def prepare(
@@ -248,7 +286,7 @@ def prepare(
     tokenizer: Any,
     image_processor: Any,
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[ChatDataset | StreamedDataset, ChatDataset]:
     """The training and the evaluation rows, every one of them checked (unless streamed).
 
@@ -277,26 +315,39 @@ def prepare(
             ImageEncoder(image_processor, part.media_root, config.media_policy),
             max_length=config.max_length,
             truncate=config.truncate,
+            rendering=config.rendering,
         )
 
-    evaluation = ChatDataset(eval_source, encoder_of(eval_source))
+    preparation = Preparation(config.cache_dir, config.prepared, config.num_prepare_workers)
+
+    def dataset(part: Source, count: int, rows: np.ndarray) -> ChatDataset:
+        encoder = encoder_of(part)
+        prepared = preparation.rows(part, encoder, count, progress, config.on_bad_row == "error")
+        return ChatDataset(part, encoder, prepared, rows)
+
+    def judging() -> ChatDataset:
+        return dataset(eval_source, int(eval_rows.max(initial=-1)) + 1, eval_rows)
+
     if config.streaming:
         check_streaming(
             source, config.shuffle, config.eval_fraction if config.eval_path is None else 0
         )
-        evaluation.check(eval_rows.tolist(), config.on_bad_row, progress)
+        evaluation = judging()
         streamed = StreamedDataset(source, encoder_of(source), train_rows, config.on_bad_row)
         if source.parts:
             streamed.mix(seed, config.mix_epoch)
         return streamed, evaluation
-    training = ChatDataset(source, encoder_of(source))
-    training.check(train_rows.tolist(), config.on_bad_row, progress)
-    evaluation.check(eval_rows.tolist(), config.on_bad_row, progress)
+    training = dataset(source, num_rows, train_rows)
+    if eval_source is source:
+        evaluation = ChatDataset(source, training.encoder, training.prepared, eval_rows)
+    else:
+        evaluation = judging()
     if not len(training):
         raise DataError(
             f"data.path={config.sources}: none of its {len(train_rows)} rows can be learned from. "
             f"The first: {training.rejected[0]}"
         )
+    config.check_bad_rows(len(training.rejected) + len(evaluation.rejected))
     if source.parts:
         training.mix(seed, config.mix_epoch)
     return training, evaluation

@@ -39,8 +39,8 @@ def _lift(message: dict[str, Any], part: dict[str, Any], where: str, policy: str
     if policy == "refuse":
         raise DataError(
             f"{where}: its text has reasoning in it ({_BEGIN} ... <channel|>), which chat "
-            "templates strip, so that it would not be learned. Put it into 'reasoning_content', or set "
-            "data.dropped_reasoning=keep (it becomes that) or drop."
+            "templates strip, so that it would not be learned. Put it into 'reasoning_content', or "
+            "set data.dropped_reasoning=keep (it becomes that) or drop."
         )
     thoughts = [thought for thought in _INLINE.findall(part["text"]) if thought.strip()]
     part["text"] = _INLINE.sub("", part["text"])
