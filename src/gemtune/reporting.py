@@ -10,6 +10,7 @@ from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.evaluation import Answer
+from gemtune.preview import PreviewRow, row_text
 from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE
 from gemtune.runtime import Runtime
 from gemtune.tracking import Dashboard, MetricsFile, open_dashboard
@@ -59,6 +60,23 @@ class Reporter:
         if self._file is not None and self._dashboard is not None and metrics:
             self._file.write(self._state.step, metrics)
             self._dashboard.log(metrics, self._state.step)
+
+    def preview(self, rows: list[PreviewRow]) -> None:
+        """A few rows as the model gets them, to the dashboard: what is learned between « »."""
+        if self._dashboard is None or not rows:
+            return
+        columns = ["row", "tokens", "learned", "images", "text"]
+        table = [
+            [
+                row.where,
+                row.num_tokens,
+                row.num_learned,
+                ", ".join(f"{p.width} x {p.height}" for p in row.pictures),
+                row_text(row, colours=False).plain,
+            ]
+            for row in rows
+        ]
+        self._dashboard.log_table("data/preview", columns, table)
 
     def answers(self, answers: list[Answer]) -> None:
         """All generated answers to a file, a handful to the screen."""

@@ -36,6 +36,8 @@ class Dashboard(Protocol):
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
 
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None: ...
+
     def finish(self) -> None: ...
 
 
@@ -118,6 +120,9 @@ class _NoDashboard:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         pass
 
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
@@ -174,6 +179,11 @@ class _Wandb:
         flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
         self._run.log(flat | {"step": step})
 
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=columns, data=rows)})
+
     def finish(self) -> None:
         self._run.finish()
 
@@ -228,6 +238,9 @@ class _Trackio:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
         self._trackio.log(flat, step=step)
+
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self._trackio.log({name: self._trackio.Table(columns=columns, data=rows)}, step=0)
 
     def finish(self) -> None:
         self._trackio.finish()

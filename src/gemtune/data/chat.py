@@ -167,8 +167,12 @@ class ChatEncoder:
         example = Example(ids, labels_of(ids, result.runs, IGNORE_INDEX), where=where)
         if not result.num_images:
             return example, []
-        images = self._reader.read(row, where).images
+        images = self.images_of(row, where)
         return example, images[result.first_image : result.first_image + result.num_images]
+
+    def images_of(self, row: dict[str, Any], where: str) -> list[Image.Image]:
+        """All images of a row, opened and not decoded."""
+        return self._reader.read(row, where).images
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
         """The row as a training example, images decoded."""
@@ -179,7 +183,7 @@ class ChatEncoder:
         self, example: Example, row: dict[str, Any], num_images: int, first_image: int = 0
     ) -> Example:
         """Decode the images of the row that the example's ids were made from."""
-        images = self._reader.read(row, example.where).images
+        images = self.images_of(row, example.where)
         return self._decode(example, images[first_image : first_image + num_images])
 
     def encode_prompt(self, row: dict[str, Any], where: str) -> tuple[Example, str]:
