@@ -43,16 +43,11 @@ from gemtune.pages import closing_page, first_loss_lines, start_page
 from gemtune.parallel.construction import build_base, choose_strategy, rebuild_around
 from gemtune.patches.host_memory import host_parameters
 from gemtune.patches.ple_offload import prefetch
-from gemtune.preview import first_rows
 from gemtune.reporting import Reporter
 from gemtune.run_folder import MODEL_FOLDER, FolderLock, claim, open_folder, resume_points
 from gemtune.runtime import Runtime, start
 from gemtune.tracking import new_run_id
 from gemtune.watchdog import Limits
-
-
-PREVIEWED_ROWS = 4
-REJECTED_ROWS_SHOWN = 20
 
 
 @dataclass
@@ -118,7 +113,7 @@ def train_from(
     """The stages from distribution to the finished model; returns the exit status."""
     session, reporter, writer = open_session(config, runtime, ranks, stages, point, screen)
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
-    record_rejected(runtime, stages, screen, is_new=point is None)
+    reporter.rejected(stages.train_rows, stages.eval_rows, is_new=point is None)
     if is_finished(runtime, session):
         screen.say(f"this run is finished: all {session.num_steps} steps are done")
         screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
@@ -128,8 +123,7 @@ def train_from(
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
     else:
-        if runtime.is_main:
-            reporter.preview(first_rows(stages.train_rows, PREVIEWED_ROWS))
+        reporter.preview(stages.train_rows)
         first = evaluate(session)
         session.state.first_eval_loss = first.get("eval/loss")
         reporter.figures(first)
@@ -160,21 +154,6 @@ def train_from(
     runtime.stop.ending()
     runtime.status.end(code, reason)
     return code
-
-
-def record_rejected(runtime: Runtime, stages: Stages, screen: Screen, *, is_new: bool) -> None:
-    """Every row that was left out to `rejected.jsonl`, the first of them to the screen."""
-    path = runtime.run_dir / REJECTED_FILE
-    rejected = stages.train_rows.rejected + stages.eval_rows.rejected
-    is_streamed = isinstance(stages.train_rows, StreamedDataset)
-    if runtime.is_main and (is_new or not is_streamed):  # a stream adds to it as it goes
-        write_rejected(rejected, path)
-    if isinstance(stages.train_rows, StreamedDataset):
-        runtime.wait_for_everyone()
-        stages.train_rows.journal = path
-    screen.lines(f"left out: {row}" for row in rejected[:REJECTED_ROWS_SHOWN])
-    if len(rejected) > REJECTED_ROWS_SHOWN:
-        screen.say(f"left out: {len(rejected) - REJECTED_ROWS_SHOWN:,} more, see {path}")
 
 
 def checkpoint_folder(config: RunConfig) -> CheckpointFolder:

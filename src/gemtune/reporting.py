@@ -9,11 +9,16 @@ from typing import Any
 from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Screen
+from gemtune.data import ChatDataset, StreamedDataset
+from gemtune.data.rejected import REJECTED_FILE, write_rejected
 from gemtune.evaluation import Answer
-from gemtune.preview import PreviewRow, row_text
+from gemtune.preview import first_rows, row_text
 from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE
 from gemtune.runtime import Runtime
-from gemtune.tracking import Dashboard, MetricsFile, open_dashboard
+from gemtune.tracking import Dashboard, MetricsFile, NoDashboard, open_dashboard
+
+PREVIEWED_ROWS = 4
+REJECTED_ROWS_SHOWN = 20
 
 
 class Reporter:
@@ -61,10 +66,30 @@ class Reporter:
             self._file.write(self._state.step, metrics)
             self._dashboard.log(metrics, self._state.step)
 
-    def preview(self, rows: list[PreviewRow]) -> None:
+    def rejected(
+        self, training: ChatDataset | StreamedDataset, judging: ChatDataset, *, is_new: bool
+    ) -> None:
+        """Every row that was left out to `rejected.jsonl`, the first of them to the screen.
+
+        A stream adds those that it meets later, on every rank.
+        """
+        path = self._runtime.run_dir / REJECTED_FILE
+        rows = training.rejected + judging.rejected
+        is_stream = isinstance(training, StreamedDataset)
+        if self._runtime.is_main and (is_new or not is_stream):
+            write_rejected(rows, path)
+        if isinstance(training, StreamedDataset):
+            training.journal = path
+        self._screen.lines(f"left out: {row}" for row in rows[:REJECTED_ROWS_SHOWN])
+        if len(rows) > REJECTED_ROWS_SHOWN:
+            more = len(rows) - REJECTED_ROWS_SHOWN
+            self._screen.say(f"left out: {more:,} more, see {path}")
+
+    def preview(self, dataset: ChatDataset | StreamedDataset) -> None:
         """A few rows as the model gets them, to the dashboard: what is learned between « »."""
-        if self._dashboard is None or not rows:
+        if self._dashboard is None or isinstance(self._dashboard, NoDashboard):
             return
+        rows = first_rows(dataset, PREVIEWED_ROWS)
         columns = ["row", "tokens", "learned", "images", "text"]
         table = [
             [

@@ -111,10 +111,12 @@ def open_dashboard(
         return _Wandb(config, run_dir, run_name, run_id, settings)
     if config.name == "trackio":
         return _Trackio(config, run_name, run_id, settings)
-    return _NoDashboard()
+    return NoDashboard()
 
 
-class _NoDashboard:
+class NoDashboard:
+    """metrics.jsonl alone."""
+
     notice = "none (metrics.jsonl only)"
 
     def log(self, metrics: dict[str, Any], step: int) -> None:

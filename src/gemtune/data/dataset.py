@@ -297,17 +297,8 @@ def prepare(
     num_rows = len(source.rows)
     if not config.mix:
         num_rows = min(num_rows, config.max_rows or num_rows)
-    train_rows = np.arange(num_rows)
-    if config.eval_path is not None:
-        eval_source = config.read_eval()
-        eval_rows = np.arange(len(eval_source.rows))
-    else:
-        eval_source = source
-        shuffled = np.random.default_rng(seed).permutation(num_rows)
-        num_eval = _num_held_out(config.eval_fraction, num_rows)
-        eval_rows, train_rows = np.sort(shuffled[:num_eval]), np.sort(shuffled[num_eval:])
-    if config.eval_max_rows is not None:
-        eval_rows = eval_rows[: config.eval_max_rows]
+    eval_source = source if config.eval_path is None else config.read_eval()
+    train_rows, eval_rows = _split(config, num_rows, eval_source, seed)
 
     def encoder_of(part: Source) -> ChatEncoder:
         return ChatEncoder(
@@ -351,6 +342,19 @@ def prepare(
     if source.parts:
         training.mix(seed, config.mix_epoch)
     return training, evaluation
+
+
+def _split(
+    config: DataConfig, num_rows: int, eval_source: Source, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from, and rows of `eval_source` to be judged by, both in growing order."""
+    if config.eval_path is not None:
+        train_rows, eval_rows = np.arange(num_rows), np.arange(len(eval_source.rows))
+    else:
+        shuffled = np.random.default_rng(seed).permutation(num_rows)
+        num_eval = _num_held_out(config.eval_fraction, num_rows)
+        eval_rows, train_rows = np.sort(shuffled[:num_eval]), np.sort(shuffled[num_eval:])
+    return train_rows, eval_rows[: config.eval_max_rows]
 
 
 def _num_held_out(fraction: float, num_rows: int) -> int:
