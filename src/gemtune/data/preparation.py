@@ -113,6 +113,8 @@ class Preparation:
             if missing and done.exists():
                 done.unlink()
             _delete_unused(self._root, folder)
+            for path in [path for n, path in enumerate(paths) if n not in missing]:
+                _check(read_batch(path), stop_at_bad_row)
             total = ranges[-1][1] if ranges else 0
             at = total - sum(ranges[n][1] - ranges[n][0] for n in missing)
             work = _Work(source, encoder, [(ranges[n], paths[n]) for n in missing])
@@ -123,10 +125,7 @@ class Preparation:
             if not done.exists():
                 _write_done(done, paths)
             os.utime(done)
-        prepared = read_prepared(paths)
-        if stop_at_bad_row and prepared.is_bad.any():
-            raise DataError(prepared.reason(int(prepared.is_bad.argmax())))
-        return prepared
+        return read_prepared(paths)
 
     def _processes(self, num_files: int) -> int:
         if self._num_processes is not None:
@@ -166,10 +165,9 @@ def _read(source: Source, index: int) -> dict | DataError:
 
 
 def _check(batch: pa.RecordBatch, stop_at_bad_row: bool) -> None:
-    if stop_at_bad_row:
-        reason = next((r for r in batch.column("reason").to_pylist() if r is not None), None)
-        if reason is not None:
-            raise DataError(reason)
+    reasons = batch.column("reason")
+    if stop_at_bad_row and reasons.null_count < len(reasons):
+        raise DataError(reasons.drop_null()[0].as_py())
 
 
 class _Work:

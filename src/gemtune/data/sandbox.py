@@ -208,7 +208,9 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
     def _check_callable(self, called: Any, owner: Any, arguments: tuple[Any, ...]) -> None:
         """Refuse what templates have no need to call."""
         name = getattr(called, "__name__", "")
-        if isinstance(owner, str):
+        if isinstance(owner, probes.Probe):
+            allowed = True  # its methods refuse for themselves
+        elif isinstance(owner, str):
             allowed = name in _TEXT_METHODS
             if name == "replace":
                 _check_replace(owner, *arguments[:2])
