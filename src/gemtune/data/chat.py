@@ -279,7 +279,7 @@ class ChatEncoder:
 
     def _find_answer_prefix(self, thinks: bool) -> str:
         """What the generation prompt puts after `<|turn>model` (an empty thought, or nothing)."""
-        probe = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+        probe = [{"role": "user", "content": "a"}]
         rendered = self._template.render(
             {"messages": probe},
             "a first try",

@@ -140,18 +140,18 @@ def plain_shape_key(conversation: Conversation) -> tuple[Any, list[str]] | None:
 
 
 def _content(message: dict[str, Any], number: int, leaf: Callable[..., Any]) -> Any:
+    """A text where that is all there is: there are templates that know nothing else."""
     parts, role = message["content"], message["role"]
     kind = RESPONSE if role == "tool" else CONTENT
-    # Some templates print a list that stands in the place of these texts as Python would.
-    if role == "system" or (role == "tool" and [part["type"] for part in parts] == ["text"]):
+    if role == "system" or [part["type"] for part in parts] == ["text"]:
         joined = tuple(leaf(part["text"], number, kind) for part in parts)
         return joined[0] if len(joined) == 1 else _Joined(joined)
     if not parts:
         return ""
     return [
-        part
-        if part["type"] != "text"
-        else {"type": "text", "text": leaf(part["text"], number, kind)}
+        {"type": "text", "text": leaf(part["text"], number, kind)}
+        if part["type"] == "text"
+        else part
         for part in parts
     ]
 

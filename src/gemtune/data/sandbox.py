@@ -48,6 +48,9 @@ _STRUCTURAL = frozenset(
     ("count", "d", "default", "dictsort", "first", "items", "last", "length", "list", "map")
     + ("reject", "rejectattr", "reverse", "select", "selectattr")
 )
+_OF_TEXTS = frozenset(
+    ("capitalize", "lower", "replace", "safe", "string", "title", "trim", "upper")
+)
 _TEXT_METHODS = frozenset(
     ("capitalize", "count", "endswith", "find", "isdigit", "isspace", "join", "lower", "lstrip")
     + ("removeprefix", "removesuffix", "replace", "rfind", "rsplit", "rstrip", "split")
@@ -174,6 +177,11 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def _printable(self, value: Any) -> Any:
+        if isinstance(value, list | tuple | dict):
+            raise SecurityError(
+                f"prints a {type(value).__name__} as Python would; it may know contents that are "
+                "texts alone"
+            )
         if not isinstance(value, str | Undefined):
             weigh(value, printed=True)
         return value
@@ -241,6 +249,8 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
                 followed, result = probes.filtered(name, given, options)
                 if followed:
                     return result
+            if name in _OF_TEXTS and given:
+                self._printable(given[0])
             if name not in _STRUCTURAL:
                 for value in (*given, *options.values()):
                     weigh(value)

@@ -105,7 +105,7 @@ def test_spaces_around_an_answer_are_trimmed_as_the_template_does(tokenizer, mak
 @pytest.mark.parametrize("merged", ["\n\n", "\n1"])
 def test_no_token_reaches_into_an_answer(tokenizer, make_encoder, with_template, chat, merged):
     """A template that does not trim, and a vocabulary that joins the edge of the answer."""
-    untrimmed = with_template("part.text | trim", "part.text")
+    untrimmed = with_template("message.content | trim", "message.content")
     joined = _with_token(untrimmed, merged)
     answer = merged[1:] + "3"
     assert len(joined.encode(merged, add_special_tokens=False)) == 1

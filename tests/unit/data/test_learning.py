@@ -231,10 +231,9 @@ def test_an_answer_of_reasoning_alone(encoder, policy):
 
 def test_a_template_that_drops_an_answer(tokenizer, make_encoder):
     changed = copy.deepcopy(tokenizer)
-    changed.chat_template = tokenizer.chat_template.replace(
-        "{{- part.text | trim -}}",
-        "{%- if message.role == 'user' -%}{{- part.text | trim -}}{%- endif -%}",
-    )
+    kept = "{{- message.content | trim if message.role == 'user' -}}"
+    changed.chat_template = changed.chat_template.replace("{{- message.content | trim -}}", kept)
+    assert kept in changed.chat_template
     with pytest.raises(
         DataError, match=r"^row 3: the chat template leaves out the text of message 2"
     ):
@@ -243,15 +242,34 @@ def test_a_template_that_drops_an_answer(tokenizer, make_encoder):
 
 def test_a_template_that_drops_one_of_two_equal_texts(tokenizer, make_encoder):
     changed = copy.deepcopy(tokenizer)
-    changed.chat_template = tokenizer.chat_template.replace(
-        "{{- part.text | trim -}}",
-        "{%- if loop.first and part.text | upper != 'NO' -%}{{- part.text | trim -}}{%- endif -%}",
-    )
+    kept = "{{- part.text | trim if loop.first and part.text | upper != 'NO' -}}"
+    changed.chat_template = changed.chat_template.replace("{{- part.text | trim -}}", kept)
+    assert kept in changed.chat_template
     row = {"messages": [user([{"type": "text", "text": "yes"}] * 2), model("yes")]}
     with pytest.raises(
         DataError, match=r"^row 3: the chat template leaves out the text of message"
     ):
         make_encoder(tokenizer=changed).encode_text(row, "row 3")
+
+
+@pytest.mark.parametrize("printed", ["m.content", "m.content | trim", "m.content ~ ''"])
+def test_a_template_that_knows_texts_alone(tokenizer, make_encoder, printed):
+    """It gets a text where there is one, and does not print a list where there are parts."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|turn>' ~ ('model' if m.role == 'assistant' "
+        "else m.role) ~ '\\n' }}{{ " + printed + " }}{{ '<turn|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
+    )
+    made = make_encoder(tokenizer=changed)
+    for content in ("q", [{"type": "text", "text": "q"}]):
+        example, _ = made.encode_text({"messages": [user(content), model()]}, "")
+        assert tokenizer.decode(example.input_ids) == (
+            "<bos><|turn>user\nq<turn|>\n<|turn>model\na<turn|>\n"
+        )
+    row = {"messages": [user([{"type": "text", "text": "q"}] * 2), model()]}
+    with pytest.raises(DataError, match=r"^row 3: .* prints a list as Python would"):
+        made.encode_text(row, "row 3")
 
 
 # data.learn, train and weight

@@ -91,7 +91,6 @@ NOT_FOLLOWED = {
     "json": "{{ t | tojson }}",
     "json of a list": "{{ [t] | tojson }}",
     "join": "{{ [t, t] | join(' ') }}",
-    "printed list": "{{ [t] }}",
     "trim of letters": "{{ t.strip('a') }}x",
     "sorted": "{{ ([t, 'b'] | sort)[0] }}{{ t }}",
     "set": "{{ [t, 'a'] | unique | list | length }}{{ t }}",
