@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,14 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _lists(rows: Sequence[Sequence[int]]) -> pa.Array:
+def _lists(rows: Sequence[list[int]]) -> pa.Array:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.fromiter(
-        (value for row in rows for value in row), dtype=np.int32, count=int(offsets[-1])
-    )
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    values = array("i")  # of 32 bits wherever Python runs
+    for row in rows:
+        values.fromlist(row)
+    flat = np.frombuffer(values, dtype=np.int32) if values else np.zeros(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
 def write_batch(batch: pa.RecordBatch, path: Path) -> None:
