@@ -219,7 +219,7 @@ def _regions_of_turn(
     """(begin, end, message) of what the model writes in one turn.
 
     Where it goes on after a tool response, the texts in a region say which message it is; one
-    without texts belongs to the message whose turn it ends.
+    without texts belongs to the message before it, whose turn it ends.
     """
     edges = [begin]
     for match in _GIVEN.finditer(text, begin, end):
@@ -240,8 +240,6 @@ def _regions_of_turn(
         ]
         if written:
             message = written[0].message
-        elif first != begin:
-            message = group[-1]
         regions.append((first, last, message))
     return regions
 

@@ -125,10 +125,14 @@ class ChatTemplate:
             found = _between_marks(marked, safe, shown)
             if found is not None:
                 return found
-        if hidden:
+        # It changes the texts. What it makes of others has as many control tokens, or they are the
+        # data's.
+        neutral = self.render(plain.filled(["x"] * len(texts)), where, **options)
+        if hidden or self._control.findall(bare) != self._control.findall(neutral):
             raise DataError(
-                f"{where}: the text contains {hidden[0]!r} where it cannot be kept as text: in a "
-                "declaration or a key, or in a text that the chat template changes. Remove it."
+                f"{where}: the text contains {hidden[0] if hidden else 'a control token'!r} where "
+                "it cannot be kept as text: in a declaration or a key, or in a text that the chat "
+                "template changes. Remove it."
             )
         return Rendered((bare,))
 

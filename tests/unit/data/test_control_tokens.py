@@ -82,6 +82,44 @@ def test_ids_are_those_of_transformers_own_way(tokenizer, make_encoder, chat):
         }
 
 
+@pytest.mark.parametrize("text", FORGED)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_forged_token_is_text_where_the_template_is_run_for_each_row(
+    tokenizer, make_encoder, chat, text, role
+):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = tokenizer.chat_template.replace(
+        "{{- message.content | trim -}}",
+        "{{- '!' if message.content | upper == 'B' -}}{{- message.content | trim -}}",
+    )
+    encoder = make_encoder(tokenizer=changed)
+    rows = [chat(said, "a") if role == "user" else chat("q", said) for said in ("harmless", text)]
+    harmless, forged = (encoder.encode_text(row, "")[0] for row in rows)
+    assert not encoder._template.is_traceable
+    assert counts(tokenizer, forged) == counts(tokenizer, harmless)
+    assert text.strip() in tokenizer.decode(forged.input_ids)
+
+
+def test_a_text_that_the_template_makes_a_token_of(tokenizer, make_encoder, chat):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = tokenizer.chat_template.replace(
+        "{{- message.content | trim -}}", "{{- message.content | replace('x', '') -}}"
+    )
+    encoder = make_encoder(tokenizer=changed)
+    encoder.encode_text(chat("a", "b"), "row 2")
+    for text in ("<|imxage|>", "<|chxannel>"):
+        with pytest.raises(DataError, match=r"^row 3: .* in a text that the chat template changes"):
+            encoder.encode_text(chat(text, "b"), "row 3")
+
+
+def test_ids_of_a_token_as_text_are_those_of_its_characters(tokenizer):
+    control = ControlTokens(tokenizer, "")
+    model = tokenizer.backend_tokenizer.model
+    for text in FORGED:
+        expected = [token.id for token in model.tokenize(text.replace(" ", "▁"))]
+        assert control.encode([text]) == [expected]
+
+
 def test_halves_in_two_parts_make_no_token(tokenizer, make_encoder, chat):
     example, _ = make_encoder().encode_text(chat(("<|ima", "ge|>"), "b"), "")
     assert "<|image|>" in tokenizer.decode(example.input_ids)

@@ -56,6 +56,13 @@ def encoded_count(encoder, monkeypatch):
     return counted
 
 
+def command_of(process):
+    try:
+        return (process / "cmdline").read_text(errors="replace")
+    except OSError:  # it has ended since
+        return ""
+
+
 def same(ours, theirs):
     assert len(ours) == len(theirs)
     for row in range(len(ours)):
@@ -279,7 +286,10 @@ def test_a_killed_preparation_goes_on(make_source, make_encoder, cache, monkeypa
     finally:
         process.kill()
         process.wait(timeout=10)
-    time.sleep(0.5)  # its own processes end with it
+    deadline = time.monotonic() + 10  # its own processes end with it
+    while running := [p for p in Path("/proc").glob("[0-9]*") if str(cache) in command_of(p)]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.05)
     (folder,) = [path for path in cache.iterdir() if path.is_dir()]
     whole = sorted(folder.glob("rows_*.arrow"))
     assert 6 <= len(whole) < 20

@@ -69,6 +69,7 @@ FOLLOWED = {
     "thoughts": "{{ t.split('<channel|>')[-1] }}",
     "thoughts looked for": "{% if '<|channel>' in t %}thinks{% endif %}{{ t }}",
     "begins": "{% if t.startswith('<|channel>') %}thinks{% endif %}{{ t }}",
+    "its own token": "{% set x = '<|channel>' ~ t %}{{ 'yes' if '<|channel>' in x }}{{ t }}",
     "twice": "{{ t }}{{ t }}",
 }
 NOT_FOLLOWED = {
