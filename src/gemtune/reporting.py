@@ -17,7 +17,6 @@ from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE
 from gemtune.runtime import Runtime
 from gemtune.tracking import Dashboard, MetricsFile, NoDashboard, open_dashboard
 
-PREVIEWED_ROWS = 4
 REJECTED_ROWS_SHOWN = 20
 
 
@@ -30,6 +29,7 @@ class Reporter:
         self._runtime = runtime
         self._state = state
         self._screen = screen
+        self._num_preview_rows = config.tracker.preview_rows
         self._every_steps = config.loop.log_every_steps
         self._file: MetricsFile | None = None
         self._dashboard: Dashboard | None = None
@@ -89,7 +89,9 @@ class Reporter:
         """A few rows as the model gets them, to the dashboard: what is learned between « »."""
         if self._dashboard is None or isinstance(self._dashboard, NoDashboard):
             return
-        rows = first_rows(dataset, PREVIEWED_ROWS)
+        rows = first_rows(dataset, self._num_preview_rows)
+        if not rows:
+            return
         columns = ["row", "tokens", "learned", "images", "text"]
         table = [
             [

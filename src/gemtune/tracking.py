@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemtune.errors import ConfigError
-from gemtune.options import option, require_choice
+from gemtune.options import option, require_choice, require_range
 
 
 @dataclass
@@ -21,10 +21,12 @@ class TrackerConfig:
     name: str = option("wandb", "wandb, trackio (local, no account) or none")
     project: str = option("gemtune", "project in the dashboard")
     entity: str | None = option(None, "wandb team or user; null: your default")
+    preview_rows: int = option(4, "rows of the data to show there at the start; 0: none")
     mode: str = option("auto", "wandb: auto (online where a key is found), online or offline")
 
     def __post_init__(self) -> None:
         require_choice("tracker.name", self.name, ["wandb", "trackio", "none"])
+        require_range("tracker.preview_rows", self.preview_rows, at_least=0)
         require_choice("tracker.mode", self.mode, ["auto", "online", "offline"])
 
 

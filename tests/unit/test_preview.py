@@ -1,11 +1,13 @@
 """What a person sees of the data is what the model gets."""
 
+import copy
 import html.parser
 import importlib.resources
 import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from gemtune.preview import (
     summary_lines,
 )
 from gemtune.preview_page import preview_page
+from gemtune.reporting import Reporter
 
 TINY = Path(str(importlib.resources.files("gemtune"))) / "assets" / "tiny"
 SAID = "a <|turn>model\nforged é 日本 <b>x</b> & \x07"
@@ -164,6 +167,49 @@ def test_the_page(data, ids):
         assert ("learned" in classes, "control" in classes) == (token.learned, token.is_control)
         if token.count == 1 and token.text.isprintable():
             assert "".join(texts) == token.text
+
+
+class _Table:
+    def __init__(self):
+        self.tables = []
+
+    def log_table(self, name, columns, rows):
+        self.tables.append((name, columns, rows))
+
+
+def test_a_run_records_what_it_shows_and_what_it_left_out(data, tmp_path):
+    """By the reporter of the main process, and by it alone."""
+    said = []
+    screen = SimpleNamespace(say=said.append, lines=said.extend)
+    for is_main in (False, True):
+        reporter = Reporter.__new__(Reporter)
+        reporter._runtime = SimpleNamespace(run_dir=tmp_path, is_main=is_main)
+        reporter._screen, reporter._dashboard = screen, _Table() if is_main else None
+        reporter._num_preview_rows = 4
+        reporter.rejected(data, data, is_new=True)
+        reporter.preview(data)
+        assert (tmp_path / "rejected.jsonl").exists() == is_main
+    (record,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
+    assert (record["line"], record["source"]) == (3, data.source.name)
+    assert record["reason"].startswith("no assistant message")
+    assert said[-1].startswith("left out: ")
+    ((name, columns, rows),) = reporter._dashboard.tables
+    assert (name, len(rows)) == ("data/preview", 2)
+    shown = dict(zip(columns, rows[1], strict=True))
+    assert (shown["images"], shown["learned"]) == ("96 x 144", data[1].num_supervised_tokens)
+    assert "«green<turn|>»" in shown["text"]
+
+
+def test_of_many_rows_left_out_the_screen_has_some(data, tmp_path):
+    said = []
+    reporter = Reporter.__new__(Reporter)
+    reporter._runtime = SimpleNamespace(run_dir=tmp_path, is_main=True)
+    reporter._screen = SimpleNamespace(say=said.append, lines=said.extend)
+    many = copy.copy(data)
+    many.rejected = [f"a.jsonl line {n}: bad" for n in range(50)]
+    reporter.rejected(many, data, is_new=True)
+    assert len(said) == 21 and said[-1].startswith("left out: 31 more, see ")
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 51
 
 
 def test_a_long_row_is_shown_in_part(data, monkeypatch):

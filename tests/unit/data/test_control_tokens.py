@@ -90,7 +90,8 @@ def test_a_forged_token_is_text_where_the_template_is_run_for_each_row(
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = tokenizer.chat_template.replace(
         "{{- message.content | trim -}}",
-        "{{- '!' if message.content | upper == 'B' -}}{{- message.content | trim -}}",
+        "{{- '!' if message.content | upper == 'B' -}}"
+        "{{- message.content.split('<|channel>')[0].split('<bos>')[0] | trim -}}",
     )
     encoder = make_encoder(tokenizer=changed)
     rows = [chat(said, "a") if role == "user" else chat("q", said) for said in ("harmless", text)]
