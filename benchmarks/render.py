@@ -39,6 +39,7 @@ def exact_match(folder: Path) -> str:
 
 TABLES = {
     "checkpoint_saves": tables.checkpoint_saves,
+    "data_preparation": tables.data_preparation,
     "default_run": tables.default_run,
     "linear_cross_entropy": tables.linear_cross_entropy,
     "linear_cross_entropy_cuda": tables.linear_cross_entropy,

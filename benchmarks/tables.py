@@ -222,6 +222,29 @@ def checkpoint_saves(result: Result) -> str:
     return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
 
 
+def data_preparation(result: Result) -> str:
+    """Rows a second, and how often TRL's."""
+    settings = result["settings"]
+    size = (
+        f"{settings['rows']:,} rows of {settings['tokens_per_row']:.0f} tokens "
+        f"({settings['characters_per_row']:.0f} characters) in the mean, one process, "
+        f"{settings['threads']} thread(s), {settings['repetitions']} rounds; ids and labels of "
+        f"{settings['rows_compared']:,} rows are the same in both; TRL {result['trl']}, datasets "
+        f"{result['datasets']}."
+    )
+    header = ["", "rows a second of one core", "rows a second", "times TRL"]
+    rows = [
+        [
+            text,
+            interval(result["rows"][name]["rows_per_processor_second"], 1.0, 0),
+            interval(result["rows"][name]["rows_per_second"], 1.0, 0),
+            interval(result["rows"][name]["ratio_to_trl"], 1.0, 1),
+        ]
+        for name, text in result["contestants"].items()
+    ]
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
 def lookup_cells(row: Result) -> list[str]:
     """Milliseconds, time over that of the lookup, peak."""
     peak = NOT_MEASURED if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"

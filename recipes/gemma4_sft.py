@@ -115,11 +115,8 @@ def train_from(
 ) -> int:
     """The stages from distribution to the finished model; returns the exit status."""
     session, reporter, writer = open_session(config, runtime, ranks, stages, point, screen)
-    if isinstance(stages.train_rows, StreamedDataset):
-        stages.train_rows.journal = runtime.run_dir / "rejected.jsonl"
     screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
-    rejected = stages.train_rows.rejected + stages.eval_rows.rejected
-    screen.lines(f"left out: {row}" for row in rejected)
+    reporter.rejected(stages.train_rows, stages.eval_rows, is_new=point is None)
     if is_finished(runtime, session):
         screen.say(f"this run is finished: all {session.num_steps} steps are done")
         screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
@@ -129,6 +126,7 @@ def train_from(
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
     else:
+        reporter.preview(stages.train_rows)
         first = evaluate(session)
         session.state.first_eval_loss = first.get("eval/loss")
         reporter.figures(first)
@@ -174,13 +172,14 @@ def is_finished(runtime: Runtime, session: Session) -> bool:
 def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
     """Data -> model -> patches -> adapter: a bad row is found before weights load."""
     processing = load_processing(config.model)
-    train_rows, eval_rows = prepare(
-        config.data,
-        processing.tokenizer,
-        processing.image_processor,
-        config.run.seed,
-        screen.checking,
-    )
+    with screen.preparing():
+        train_rows, eval_rows = prepare(
+            config.data,
+            processing.tokenizer,
+            processing.image_processor,
+            config.run.seed,
+            screen.checking,
+        )
     screen.lines(dict.fromkeys([*train_rows.notes, *eval_rows.notes]))
     batches = batch_stream(config, runtime, train_rows)
     num_steps = config.loop.num_steps(batches.num_rows)

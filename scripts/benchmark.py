@@ -24,6 +24,7 @@ SUITES = (
     "vision_position_lookup",
     "relative_position_lookup",
     "checkpoint_saves",
+    "data_preparation",
     "default_run",
 )
 

@@ -35,6 +35,7 @@ class Screen:
         self._first_step = 0
         self._started = 0.0
         self._progress: Progress | None = None
+        self._checks: Progress | None = None
         self._task: Any = None
 
     def say(self, text: str) -> None:
@@ -58,9 +59,32 @@ class Screen:
             table.add_row(label, line)
         self.console.print(Panel(table, title=title, title_align="left", expand=False))
 
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Inside, `checking` moves a bar on a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        self._checks = Progress(
+            TextColumn("checking rows"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        with self._checks:
+            yield
+        self._checks = None
+
     def checking(self, done: int, total: int) -> None:
         """Progress of the check of the rows, for data sets that take a while."""
-        if not done % 20_000:
+        if self._checks is not None:
+            task = next(iter(self._checks.task_ids), None)
+            if task is None:
+                task = self._checks.add_task("", total=total)
+            self._checks.update(task, completed=done, total=total)
+        elif not done % 20_000:
             self.say(f"checked {done:,} of {total:,} rows")
 
     @contextmanager

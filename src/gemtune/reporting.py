@@ -9,10 +9,15 @@ from typing import Any
 from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Screen
+from gemtune.data import ChatDataset, StreamedDataset
+from gemtune.data.rejected import REJECTED_FILE, write_rejected
 from gemtune.evaluation import Answer
+from gemtune.preview import first_rows, row_text
 from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE
 from gemtune.runtime import Runtime
-from gemtune.tracking import Dashboard, MetricsFile, open_dashboard
+from gemtune.tracking import Dashboard, MetricsFile, NoDashboard, open_dashboard
+
+REJECTED_ROWS_SHOWN = 20
 
 
 class Reporter:
@@ -24,6 +29,7 @@ class Reporter:
         self._runtime = runtime
         self._state = state
         self._screen = screen
+        self._num_preview_rows = config.tracker.preview_rows
         self._every_steps = config.loop.log_every_steps
         self._file: MetricsFile | None = None
         self._dashboard: Dashboard | None = None
@@ -59,6 +65,45 @@ class Reporter:
         if self._file is not None and self._dashboard is not None and metrics:
             self._file.write(self._state.step, metrics)
             self._dashboard.log(metrics, self._state.step)
+
+    def rejected(
+        self, training: ChatDataset | StreamedDataset, judging: ChatDataset, *, is_new: bool
+    ) -> None:
+        """Every row that was left out to `rejected.jsonl`, the first of them to the screen.
+
+        A stream adds those that it meets later, on every rank.
+        """
+        path = self._runtime.run_dir / REJECTED_FILE
+        rows = training.rejected + judging.rejected
+        is_stream = isinstance(training, StreamedDataset)
+        if self._runtime.is_main and (is_new or not is_stream):
+            write_rejected(rows, path)
+        if isinstance(training, StreamedDataset):
+            training.journal = path
+        self._screen.lines(f"left out: {row}" for row in rows[:REJECTED_ROWS_SHOWN])
+        if len(rows) > REJECTED_ROWS_SHOWN:
+            more = len(rows) - REJECTED_ROWS_SHOWN
+            self._screen.say(f"left out: {more:,} more, see {path}")
+
+    def preview(self, dataset: ChatDataset | StreamedDataset) -> None:
+        """A few rows as the model gets them, to the dashboard: what is learned between « »."""
+        if self._dashboard is None or isinstance(self._dashboard, NoDashboard):
+            return
+        rows = first_rows(dataset, self._num_preview_rows)
+        if not rows:
+            return
+        columns = ["row", "tokens", "learned", "images", "text"]
+        table = [
+            [
+                row.where,
+                row.num_tokens,
+                row.num_learned,
+                ", ".join(f"{p.width} x {p.height}" for p in row.pictures),
+                row_text(row, colours=False).plain,
+            ]
+            for row in rows
+        ]
+        self._dashboard.log_table("data/preview", columns, table)
 
     def answers(self, answers: list[Answer]) -> None:
         """All generated answers to a file, a handful to the screen."""

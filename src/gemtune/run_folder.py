@@ -41,6 +41,10 @@ _FREE = (
     "loop.max_nonfinite_steps",
     "loop.max_spike_steps",
     "data.num_workers",
+    "data.num_prepare_workers",
+    "data.prepared",
+    "data.cache_dir",
+    "data.max_bad_rows",
     "data.eval_generate_rows",
     "data.eval_max_new_tokens",
 )

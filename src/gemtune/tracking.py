@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemtune.errors import ConfigError
-from gemtune.options import option, require_choice
+from gemtune.options import option, require_choice, require_range
 
 
 @dataclass
@@ -21,10 +21,12 @@ class TrackerConfig:
     name: str = option("wandb", "wandb, trackio (local, no account) or none")
     project: str = option("gemtune", "project in the dashboard")
     entity: str | None = option(None, "wandb team or user; null: your default")
+    preview_rows: int = option(4, "rows of the data to show there at the start; 0: none")
     mode: str = option("auto", "wandb: auto (online where a key is found), online or offline")
 
     def __post_init__(self) -> None:
         require_choice("tracker.name", self.name, ["wandb", "trackio", "none"])
+        require_range("tracker.preview_rows", self.preview_rows, at_least=0)
         require_choice("tracker.mode", self.mode, ["auto", "online", "offline"])
 
 
@@ -35,6 +37,8 @@ class Dashboard(Protocol):
     """One line for the person who started the run."""
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
+
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -109,13 +113,18 @@ def open_dashboard(
         return _Wandb(config, run_dir, run_name, run_id, settings)
     if config.name == "trackio":
         return _Trackio(config, run_name, run_id, settings)
-    return _NoDashboard()
+    return NoDashboard()
 
 
-class _NoDashboard:
+class NoDashboard:
+    """metrics.jsonl alone."""
+
     notice = "none (metrics.jsonl only)"
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        pass
+
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         pass
 
     def finish(self) -> None:
@@ -174,6 +183,11 @@ class _Wandb:
         flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
         self._run.log(flat | {"step": step})
 
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=columns, data=rows)})
+
     def finish(self) -> None:
         self._run.finish()
 
@@ -228,6 +242,9 @@ class _Trackio:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         flat = {k: v for k, v in metrics.items() if not isinstance(v, list | dict)}
         self._trackio.log(flat, step=step)
+
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self._trackio.log({name: self._trackio.Table(columns=columns, data=rows)}, step=0)
 
     def finish(self) -> None:
         self._trackio.finish()

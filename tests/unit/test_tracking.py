@@ -157,6 +157,7 @@ def test_wandb_offline(no_keys: Path, tmp_path: Path, monkeypatch, capfd) -> Non
     settings = {"optim": {"lr": 0.125}}
     for steps in ((1, 2), (2, 3)):  # the second start does step 2 again
         dashboard = open_dashboard(TrackerConfig(), run_dir, "my-run", "abc123", settings)
+        dashboard.log_table("data/preview", ["row", "text"], [["line 1", "a «learned» text"]])
         for step in steps:
             dashboard.log({"train/loss": 1.0 / step, "memory/peak_gib_per_rank": [1.0]}, step)
         dashboard.finish()
@@ -168,6 +169,8 @@ def test_wandb_offline(no_keys: Path, tmp_path: Path, monkeypatch, capfd) -> Non
     logs = [p for p in files if p.name == "run-abc123.wandb"]
     assert logs and any(b"train/loss" in p.read_bytes() for p in logs)
     assert any(b"my-run" in p.read_bytes() and b"0.125" in p.read_bytes() for p in logs)
+    tables = [p for p in files if p.name.endswith(".table.json")]
+    assert tables and json.loads(tables[0].read_text())["data"] == [["line 1", "a «learned» text"]]
     assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
     assert capfd.readouterr() == ("", "")
 
@@ -203,6 +206,7 @@ def test_trackio_logs_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     config = TrackerConfig(name="trackio", project="gemtune-test")
     for steps in ((1, 2), (3,)):
         dashboard = open_dashboard(config, tmp_path, "my-run", "abc123", {"optim": {"lr": 0.125}})
+        dashboard.log_table("data/preview", ["row", "text"], [["line 1", "a «learned» text"]])
         for step in steps:
             dashboard.log({"train/loss": 1.0 / step, "memory/peak_gib_per_rank": [1.0]}, step)
         dashboard.finish()
@@ -214,3 +218,5 @@ def test_trackio_logs_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     logged = storage.get_logs("gemtune-test", "my-run-abc123")
     losses = {r["step"]: r["train/loss"] for r in logged if "train/loss" in r}
     assert losses == {1: 1.0, 2: 0.5, 3: 1.0 / 3}
+    tables = [r["data/preview"]["_value"] for r in logged if "data/preview" in r]
+    assert tables and tables[0] == [{"row": "line 1", "text": "a «learned» text"}]

@@ -2,7 +2,8 @@
 
 from gemtune.data.chat import ChatEncoder, Example
 from gemtune.data.collate import Batch, collate, collate_packed
-from gemtune.data.dataset import ChatDataset, DataConfig, prepare
+from gemtune.data.config import DataConfig
+from gemtune.data.dataset import ChatDataset, prepare
 from gemtune.data.stream import BatchStream
 from gemtune.data.streaming import StreamedDataset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,14 @@ class ReadRows(Sequence):
             read["media_root"] = self._media_root
         return read
 
+    def identity(self) -> list[Any]:
+        """What was done to the table's rows: two with the same one, of one table, have the same."""
+        chosen = None
+        if self.chosen is not None:
+            chosen = hashlib.sha256(self.chosen.tobytes()).hexdigest()
+        faults = sorted(self.faults.items())
+        return [self._format.name, self._mapping, self._media_root, chosen, faults]
+
     def keep_first(self, num_rows: int) -> None:
         """Leave out all rows but the first."""
         if num_rows < len(self):
@@ -117,7 +126,7 @@ class JoinedRows(Sequence):
     """The rows of several sources, one after another."""
 
     def __init__(self, several: Sequence[ReadRows]) -> None:
-        self._several = list(several)
+        self.several = list(several)
         self._ends = np.cumsum([len(rows) for rows in several])
 
     def __len__(self) -> int:
@@ -127,7 +136,7 @@ class JoinedRows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._several[number], index - (int(self._ends[number - 1]) if number else 0)
+        return self.several[number], index - (int(self._ends[number - 1]) if number else 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rows, inner = self._find(index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from gemtune.data.chat import ChatEncoder, Example
 from gemtune.data.collate import Batch, collate
+from gemtune.data.rejected import rejected_line
 from gemtune.data.sources import Source, mixed_order
 from gemtune.errors import ConfigError, DataError
 
@@ -88,22 +88,20 @@ class StreamedDataset:
             except DataError as error:
                 if not self._skips:
                     raise
-                self._leave_out(index, error)
+                self._leave_out(error)
                 last = error
         raise DataError(
             f"{min(_MAX_BAD_IN_A_ROW, len(self))} rows one after another cannot be learned from. "
             f"The last: {last}"
         ) from last
 
-    def _leave_out(self, index: int, error: DataError) -> None:
+    def _leave_out(self, error: DataError) -> None:
         if str(error) in self.rejected:
             return  # in an earlier epoch, or when it stood in for another
         self.rejected.append(str(error))
         if self.journal is None:
             return
-        where = self.source.describe(index)
-        reason = str(error).removeprefix(where).lstrip(":, ")
-        line = json.dumps({"row": where, "reason": reason}, ensure_ascii=False) + "\n"
+        line = rejected_line(str(error))
         # One write of one line: several processes may append at once.
         descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -164,6 +164,8 @@ class PlainRows(Sequence):
 
     def __init__(self, table: Any) -> None:
         self._table = table.with_format("arrow")
+        self.fingerprint: str = getattr(table, "_fingerprint", "")
+        """What `datasets` calls this content."""
 
     def __len__(self) -> int:
         return len(self._table)

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Gemma4ImageProcessorPil
 
 from gemtune.data import ChatEncoder
+from gemtune.data.chat import Rendering
 from gemtune.data.media import ImageEncoder
 
 
@@ -30,6 +31,14 @@ def own_datasets_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield
     datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is prepared or fetched in these tests is kept for them alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +60,22 @@ def stock_processor():
 
 @pytest.fixture
 def make_encoder(tokenizer, tiny_processor):
-    def make(max_length=4096, truncate="none", tokenizer=tokenizer, root=None, processor=None):
+    def make(
+        max_length=4096,
+        truncate="none",
+        tokenizer=tokenizer,
+        root=None,
+        processor=None,
+        **rendering,
+    ):
         images = ImageEncoder(processor or tiny_processor, root)
-        return ChatEncoder(tokenizer, images, max_length=max_length, truncate=truncate)
+        return ChatEncoder(
+            tokenizer,
+            images,
+            max_length=max_length,
+            truncate=truncate,
+            rendering=Rendering(**rendering),
+        )
 
     return make
 

@@ -44,8 +44,6 @@ BAD_ROWS = {
     "list_in_content.jsonl": ("line 2", "message 1: a part of type None is not read"),
     "nan_weight.jsonl": ("line 2", "message 2.*'weight'"),
     "lone_surrogate.jsonl": ("line 2", "half of a surrogate pair, which is no character. Remove"),
-    "forged_turn.jsonl": ("line 2", r"message 1: the text contains '<turn\|>'.* Remove it"),
-    "forged_image.jsonl": ("line 2", r"message 1: the text contains '<\|image\|>'.* Remove it"),
     "overlong.jsonl": ("line 2", "tokens are more than data.max_length=2048. Raise it, cut"),
     "image_count.jsonl": ("line 2", "2 images are given but the messages have 1 image parts"),
     "image_missing_from_column.jsonl": ("line 2", "more image parts than the 0 images given"),
@@ -95,7 +93,7 @@ BAD_FILES = {
     "corrupt.arrow": "cannot be read as Arrow: ",
 }
 # Looks wrong and is not; or has a test of its own below.
-OTHERS = {"bom.jsonl", "duplicate_ids.jsonl"}
+OTHERS = {"bom.jsonl", "duplicate_ids.jsonl", "forged_turn.jsonl", "forged_image.jsonl"}
 
 _forbidden = ("socket.__new__", "socket.connect", "socket.bind", "subprocess.Popen", "os.system",
               "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pickle.find_class")  # fmt: skip

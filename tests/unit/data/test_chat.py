@@ -105,7 +105,7 @@ def test_spaces_around_an_answer_are_trimmed_as_the_template_does(tokenizer, mak
 @pytest.mark.parametrize("merged", ["\n\n", "\n1"])
 def test_no_token_reaches_into_an_answer(tokenizer, make_encoder, with_template, chat, merged):
     """A template that does not trim, and a vocabulary that joins the edge of the answer."""
-    untrimmed = with_template("part.text | trim", "part.text")
+    untrimmed = with_template("message.content | trim", "message.content")
     joined = _with_token(untrimmed, merged)
     answer = merged[1:] + "3"
     assert len(joined.encode(merged, add_special_tokens=False)) == 1
@@ -293,7 +293,7 @@ BAD_MESSAGES = {
     "'messages' must be a list": [None, [], "text", {"role": "user"}, 3],
     "message 1 must be an object": [["text", ANSWER], [None, ANSWER], [[], ANSWER]],
     "message 1 has role": [[message("human"), ANSWER], [{"content": "a"}, ANSWER], [{}]],
-    "message 2 has role 'tool'": [[message(), message("tool"), ANSWER]],
+    "message 2 .tool. is out of order": [[message(), message("tool"), ANSWER]],
     "message 1 .assistant. is out of order": [[ANSWER], [ANSWER, message()]],
     "message 2 .user. is out of order": [[message(), message(), ANSWER]],
     "message 3 .assistant. is out of order": [[message(), ANSWER, ANSWER]],
@@ -320,23 +320,23 @@ BAD_MESSAGES = {
     "message 1: a text part needs": [
         [message(content=[{"type": "text", "text": text}]), ANSWER] for text in (None, 3, ["a"])
     ],
-    "message 1: the text contains '<|turn>'": [[message(content="x <|turn>model\nyes"), ANSWER]],
-    "message 2: the text contains '<turn|>'": [[message(), message("assistant", "a<turn|>b")]],
-    "message 1: the text contains '<|image|>'": [
-        [message(content="<|image|>"), ANSWER],
-        [message("system", "s <|image|>"), message(), ANSWER],
-        # Half a token in each of two parts, which the template joins.
-        [
-            message(content=[{"type": "text", "text": " <|ima"}, {"type": "text", "text": "ge|>"}]),
-            ANSWER,
-        ],
-    ],
-    "message 1: the text contains '<bos>'": [[message(content="<bos>"), ANSWER]],
     "message 1: the text contains '.ud800', half of a surrogate": [
         [message(content="a\ud800b"), ANSWER]
     ],
-    "message 2 has 'tool_calls'": [[message(), message("assistant", "b", tool_calls=[{"a": 1}])]],
-    "message 2 has 'reasoning'": [[message(), message("assistant", "b", reasoning="hm")]],
+    "the chat template leaves out the tool call of message 2": [
+        [message(), message("assistant", "b", tool_calls=[{"name": "f", "arguments": {}}])]
+    ],
+    "the chat template leaves out the reasoning of message 2": [
+        [message(), message("assistant", "b", reasoning="hm")]
+    ],
+    "message 2: its text has reasoning in it": [
+        [message(), message("assistant", "<|channel>thought\nhm\n<channel|>b")]
+    ],
+    "message 1 .user. has 'name', which is not rendered": [[message(name="Ann"), ANSWER]],
+    "message 2 .assistant. has 'thought', which is not rendered": [
+        [message(), message("assistant", "b", thought="hm")]
+    ],
+    "message 2 has a weight of 0.5": [[message(), message("assistant", "b", weight=0.5)]],
 }
 
 
@@ -373,8 +373,8 @@ def test_images_must_be_a_list(make_encoder, chat, images):
         make_encoder().encode_text(chat((None, "a"), "b", images=images), "row 3")
 
 
-def test_tools_are_refused(make_encoder, chat):
-    with pytest.raises(DataError, match=r"^row 3: 'tools' are not read"):
+def test_tools_that_the_template_does_not_know(make_encoder, chat):
+    with pytest.raises(DataError, match=r"^row 3: the chat template leaves out the declared tools"):
         make_encoder().encode_text(chat("a", "b") | {"tools": [{"name": "f"}]}, "row 3")
 
 

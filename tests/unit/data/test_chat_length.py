@@ -65,6 +65,57 @@ def test_a_dropped_image_is_not_decoded(make_encoder, chat, png):
         make_encoder().encode(row, "row 3")
 
 
+# Cut on the left
+
+
+def left(make_encoder, length, row):
+    return make_encoder(length, "left").encode(row, "row 3")
+
+
+def test_whole_turns_go_from_the_oldest_on(tokenizer, make_encoder, chat):
+    """The longest conversation that fits and begins with a user's turn; the system turn stays."""
+    turns = ["first question", "one", "second", "two two", "third question", "three"]
+    row = chat(*turns, system="Be brief.")
+    whole = make_encoder().encode(row, "")
+    shorter = [chat(*turns[2 * n :], system="Be brief.") for n in range(3)]
+    expected = [make_encoder().encode(each, "") for each in shorter]
+    lengths = [len(each.input_ids) for each in expected]
+    assert lengths[0] == len(whole.input_ids) and lengths == sorted(lengths, reverse=True)
+    for length in range(lengths[2], lengths[0] + 1):
+        cut = left(make_encoder, length, row)
+        fits = next(each for each, n in zip(expected, lengths, strict=True) if n <= length)
+        assert cut.input_ids.tolist() == fits.input_ids.tolist()
+        assert cut.labels.tolist() == fits.labels.tolist()
+
+
+def test_of_the_last_question_the_beginning_goes(tokenizer, make_encoder, chat):
+    row = chat("old", "one", "a b c d e f g h i j k", "yes", system="s")
+    last = make_encoder().encode(chat("a b c d e f g h i j k", "yes", system="s"), "")
+    head = len(tokens(tokenizer, "<bos><|turn>system\ns<turn|>\n<|turn>user\n"))
+    tail = len(tokens(tokenizer, "<turn|>\n<|turn>model\nyes<turn|>\n"))
+    for length in range(head + tail + 1, len(last.input_ids)):
+        cut = left(make_encoder, length, row)
+        assert len(cut.input_ids) == length
+        assert cut.input_ids[:head].tolist() == last.input_ids[:head].tolist()
+        assert cut.input_ids[head:].tolist() == last.input_ids[head - length :].tolist()
+        assert tokenizer.decode(cut.labels[cut.labels != -100]) == "yes<turn|>"
+    with pytest.raises(DataError, match=r"^row 3: data.max_length=\d+ is too short for its last"):
+        left(make_encoder, head + tail, row)
+
+
+def test_images_go_with_their_turns_and_are_never_cut(make_encoder, make_image, chat, png):
+    pictures = [png(48, 48, 1), png(96, 96, 2)]
+    row = chat((None, "a"), "b", (None, "what is this now"), "d", images=pictures)
+    last = make_encoder().encode(chat((None, "what is this now"), "d", images=pictures[1:]), "")
+    cut = left(make_encoder, len(last.input_ids), row)
+    assert cut.input_ids.tolist() == last.input_ids.tolist()
+    expected = make_encoder().images.encode(make_image(96, 96, 2), "").pixels
+    assert len(cut.images) == 1 and (cut.images[0].pixels == expected).all()
+    for length in range(len(last.input_ids) - 8, len(last.input_ids)):
+        with pytest.raises(DataError, match=r"^row 3: .*(cuts through an image|cut an image out)"):
+            left(make_encoder, length, row)
+
+
 # Prompts
 
 

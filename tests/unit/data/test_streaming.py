@@ -74,7 +74,7 @@ def test_the_next_good_row_stands_in_for_a_bad_one(run, chat, write_jsonl, tmp_p
         f"{path} line {n}" for n in (3, 4, 7)
     ]
     written = [json.loads(line) for line in dataset.journal.read_text().splitlines()]
-    assert [entry["row"] for entry in written] == [f"{path} line {n}" for n in (3, 4, 7)]
+    assert [(entry["source"], entry["line"]) for entry in written] == [(path, n) for n in (3, 4, 7)]
     assert written[0]["reason"].startswith("no assistant message")
     assert "the next good row stands in for it" in dataset.notes[-1]
 
