@@ -37,9 +37,9 @@ from measure import add_arguments, begin, finish, ratios, spread
 from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4ImageProcessorPil, Gemma4TextConfig
 
 from gemtune.data import ChatEncoder
-from gemtune.data.media import ImageEncoder
-from gemtune.data.preparation import Preparation
-from gemtune.data.sources import read_source
+from gemtune.data.media.images import ImageEncoder
+from gemtune.data.preparation.cache import Preparation
+from gemtune.data.sources.source import read_source
 
 TINY = Path(str(importlib.resources.files("gemtune"))) / "assets" / "tiny"
 MARKED = (

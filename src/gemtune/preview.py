@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemtune.data import ChatDataset, StreamedDataset
-from gemtune.data.chat import IGNORE_INDEX, ChatEncoder
+from gemtune.data.rendering.chat import IGNORE_INDEX, ChatEncoder
 from gemtune.errors import DataError
 
 MAX_TOKENS_SHOWN = 4000

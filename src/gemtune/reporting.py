@@ -10,7 +10,7 @@ from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.data import ChatDataset, StreamedDataset
-from gemtune.data.rejected import REJECTED_FILE, write_rejected
+from gemtune.data.preparation.rejected import REJECTED_FILE, write_rejected
 from gemtune.evaluation import Answer
 from gemtune.preview import first_rows, row_text
 from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemtune.data.stream import BatchStream
+from gemtune.data.batching.stream import BatchStream
 from gemtune.loop import Session, step
 from gemtune.memory import PeakTracker
 from gemtune.runtime import ParallelConfig, RunSettings, start

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import recipes.gemma4_sft as recipe  # noqa: E402
-from gemtune.data.stream import BatchStream  # noqa: E402
+from gemtune.data.batching.stream import BatchStream  # noqa: E402
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 

@@ -74,6 +74,7 @@ def test_the_folder_holds_what_is_documented(finished_run: RunFolder) -> None:
         "config.yaml",
         "metrics.jsonl",
         "model",
+        "rejected.jsonl",
         "status.json",
     }
     assert finished_run.status == 0

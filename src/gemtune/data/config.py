@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gemtune.data.chat import Rendering
-from gemtune.data.filters import read_filter
-from gemtune.data.formats import check_mapping
-from gemtune.data.learning import LEARN
-from gemtune.data.media_files import MediaPolicy
-from gemtune.data.mixture import read_mix
-from gemtune.data.sources import Source, join_sources, read_source
+from gemtune.data.media.files import MediaPolicy
+from gemtune.data.rendering.chat import Rendering
+from gemtune.data.rendering.learning import LEARN
+from gemtune.data.sources.filters import read_filter
+from gemtune.data.sources.formats import check_mapping
+from gemtune.data.sources.mixture import read_mix
+from gemtune.data.sources.source import Source, join_sources, read_source
 from gemtune.errors import ConfigError, DataError
 from gemtune.options import option, require_choice, require_range
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from gemtune.data.chat import IGNORE_INDEX, ChatEncoder, Example
-from gemtune.data.collate import Batch, collate, collate_packed
+from gemtune.data.batching.collate import Batch, collate, collate_packed
 from gemtune.data.config import DataConfig
-from gemtune.data.fitting import labels_of
-from gemtune.data.media import ImageEncoder
-from gemtune.data.preparation import Preparation, Progress
-from gemtune.data.prepared import PreparedRows
-from gemtune.data.sources import Source, mixed_order
+from gemtune.data.media.images import ImageEncoder
+from gemtune.data.preparation.cache import Preparation, Progress
+from gemtune.data.preparation.rows import PreparedRows
+from gemtune.data.rendering.chat import IGNORE_INDEX, ChatEncoder, Example
+from gemtune.data.rendering.fitting import labels_of
+from gemtune.data.sources.source import Source, mixed_order
 from gemtune.data.streaming import StreamedDataset, check_streaming
 from gemtune.errors import DataError
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gemtune.data.chat import ChatEncoder, Example
-from gemtune.data.collate import Batch, collate
-from gemtune.data.rejected import rejected_line
-from gemtune.data.sources import Source, mixed_order
+from gemtune.data.batching.collate import Batch, collate
+from gemtune.data.preparation.rejected import rejected_line
+from gemtune.data.rendering.chat import ChatEncoder, Example
+from gemtune.data.sources.source import Source, mixed_order
 from gemtune.errors import ConfigError, DataError
 
 # So many bad rows one after another are no accident of single rows.

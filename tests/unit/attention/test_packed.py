@@ -17,7 +17,7 @@ from gemtune import patches
 from gemtune.attention import separate_documents
 from gemtune.attention.packed import document_of
 from gemtune.data import Example, collate_packed
-from gemtune.data.media import EncodedImage
+from gemtune.data.media.images import EncodedImage
 from gemtune.errors import ConfigError
 
 IGNORE = -100

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoTokenizer, Gemma4ImageProcessorPil
 
 from gemtune.data import ChatEncoder
-from gemtune.data.chat import Rendering
-from gemtune.data.media import ImageEncoder
+from gemtune.data.media.images import ImageEncoder
+from gemtune.data.rendering.chat import Rendering
 
 
 @pytest.fixture(scope="session")

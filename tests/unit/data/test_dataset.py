@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from gemtune.data import DataConfig, prepare
-from gemtune.data.control_tokens import ControlTokens
-from gemtune.data.media import ImageEncoder
-from gemtune.data.template import ChatTemplate
+from gemtune.data.media.images import ImageEncoder
+from gemtune.data.rendering.control_tokens import ControlTokens
+from gemtune.data.rendering.template import ChatTemplate
 from gemtune.errors import ConfigError, DataError
 
 

@@ -1,0 +1,1 @@
+"""Images, video and audio of a row: found, fetched and opened within limits."""

@@ -1,0 +1,1 @@
+"""Rendered rows in files: made once by several processes, read by every rank."""

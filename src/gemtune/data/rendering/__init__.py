@@ -1,0 +1,1 @@
+"""From a row to ids and labels, with the checkpoint's own chat template."""

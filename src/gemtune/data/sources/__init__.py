@@ -1,0 +1,1 @@
+"""Where rows come from: files of every kind, hub data sets, mixes; and what the columns mean."""
