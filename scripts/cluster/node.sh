@@ -6,7 +6,8 @@
 # SIGTERM ask the run to save and stop. The exit code says what to do next, which that of the
 # launcher does not (it is 1 for every reason):
 #   0    the run is finished
-#   75   it was stopped, not at an end: run the same command again
+#   75   it was stopped, not at an end: run the same command again. Also after a rank hung or was lost,
+#        if the run had got further than the start before: one that hangs in the same step is at an end
 #   1..  it failed, or a person stopped it with Ctrl-C: somebody has to look at it
 #
 # Environment (the SLURM and SkyPilot files set it):
@@ -37,9 +38,13 @@ python=${PYTHON:-}
 # The status that a former start left there says nothing about this one.
 status_version() { stat --format='%i %y' "$status_file" 2>/dev/null; }
 former_status=$(status_version)
+read_status() { # status, or step
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$status_file" "$1"
+}
+former_step=0
+[ -z "$former_status" ] || former_step=$(read_status step)
 status() {
-    [ "$(status_version)" != "$former_status" ] || return 0
-    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$status_file"
+    [ "$(status_version)" = "$former_status" ] || read_status status
 }
 
 # torchrun kills the ranks this long after it has passed SIGTERM on: they may be saving. Shorter than
@@ -82,7 +87,8 @@ done
 if [ "$code" -ne 0 ]; then
     case $(status) in
         preempted) code=$again ;;
-        finished | failed | hung | interrupted) ;;
+        hung) [ "$(read_status step)" -le "${former_step:-0}" ] || code=$again ;;
+        finished | failed | interrupted) ;;
         *) [ -z "$asked" ] || code=$again ;; # stopped before it had anything to save
     esac
 fi

@@ -11,6 +11,8 @@ REFUSED = 2
 PREEMPTED = 75
 """SIGTERM or SIGUSR1: saved (EX_TEMPFAIL). Run the same command again."""
 HUNG = 76
-"""A rank hung, was lost, or did not save within `run.grace_seconds`: run the same command again."""
+"""A rank hung, was lost, or did not save within `run.grace_seconds`: run the same command again.
+
+The cluster files do so as long as each start gets further than the one before."""
 INTERRUPTED = 130
 """Ctrl-C: saved after the first; a second one stops at once, without saving."""

@@ -44,7 +44,7 @@ pathlib.Path("heard" + rank).write_text(" ".join(heard))
 if rank == "0" and status != "silent":
     folder = pathlib.Path("runs/NAME")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".staging").write_text(json.dumps({{"status": status}}))
+    (folder / ".staging").write_text(json.dumps({{"status": status, "step": 7}}))
     (folder / ".staging").rename(folder / "status.json")
 time.sleep(0.2)
 sys.exit(0 if status == "finished" else 1)
@@ -113,7 +113,7 @@ ENDS: dict[str, tuple[str, signal.Signals | None, int]] = {
     "failed": ("failed", None, 0),
     "killed without a word": ("running", None, 0),
     "Ctrl-C": ("interrupted", None, 0),
-    "a hung rank": ("hung", None, 0),
+    "a hung rank": ("hung", None, 1),
     "the time is nearly up": ("preempted when told", signal.SIGUSR1, 1),
     "SIGTERM to the shell": ("preempted when told", signal.SIGTERM, 1),
     "SIGTERM to the ranks alone": ("preempted", None, 1),
@@ -139,9 +139,20 @@ def test_when_a_job_runs_again(name: str, slurm: FakeSlurm, repository: Path) ->
 def test_the_status_of_a_former_start_is_not_believed(slurm: FakeSlurm, repository: Path) -> None:
     folder = repository / "runs" / "NAME"
     folder.mkdir(parents=True)
-    (folder / "status.json").write_text('{"status": "preempted"}')
+    (folder / "status.json").write_text('{"status": "preempted", "step": 3}')
     assert run_job(slurm, repository, "silent") == 1
     assert slurm.requeued() == 0
+
+
+@pytest.mark.parametrize(("former_step", "times"), [(6, 1), (7, 0)])
+def test_a_run_that_hangs_again_must_have_got_further(
+    former_step: int, times: int, slurm: FakeSlurm, repository: Path
+) -> None:
+    folder = repository / "runs" / "NAME"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"status": "hung", "step": former_step}))
+    assert run_job(slurm, repository, "hung") == (0 if times else 1), slurm.log()
+    assert slurm.requeued() == times
 
 
 @pytest.mark.parametrize(
