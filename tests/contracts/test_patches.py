@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -53,9 +54,40 @@ def name_of(choice: tuple[str, ...]) -> str:
     return {ALL: "all", DEFAULT: "default"}.get(choice, "+".join(choice))
 
 
-def choices(*lists: list[tuple[str, ...]]) -> pytest.MarkDecorator:
-    flat = [choice for choice_list in lists for choice in choice_list]
-    return pytest.mark.parametrize("choice", flat, ids=name_of)
+def status_of(name: str, family: str, trained: str) -> str:
+    """What the report must say, in every transformers release that is supported."""
+    is_sharing = family in SHARING_FAMILIES  # only these have embeddings of each layer as well
+    is_frozen = trained != "everything"
+    applies = {
+        "relative_position_lookup": False,
+        "ple_projection": is_sharing,
+        "ple_offload": is_sharing and is_frozen,
+        "supervised_positions": is_sharing,
+        "vision_streaming": is_frozen,
+    }
+    return "applied" if applies.get(name, True) else "not applicable"
+
+
+def is_new(choice: tuple[str, ...], family: str, trained: str) -> bool:
+    """Whether all of it applies. Where a part does not, the rest is a choice of its own."""
+    return choice in (ALL, DEFAULT) or all(
+        status_of(name, family, trained) == "applied" for name in choice
+    )
+
+
+def cases(
+    lists: list[list[tuple[str, ...]]], trained: Iterable[str], families: Iterable[str] = FAMILIES
+) -> pytest.MarkDecorator:
+    """The choices on each family, with each part of it trained, where they are not another one."""
+    flat = [
+        pytest.param(choice, family, part, id=f"{name_of(choice)}-{family}-{part}")
+        for choice_list in lists
+        for choice in choice_list
+        for family in families
+        for part in trained
+        if is_new(choice, family, part)
+    ]
+    return pytest.mark.parametrize(("choice", "family", "trained"), flat)
 
 
 @cache
@@ -109,9 +141,7 @@ def assert_exact(family: str, choice: tuple[str, ...], trained: str, kind: str, 
     assert relative_error(gradients[worst], expected[worst]) < EXACT, f"{where}: {worst}"
 
 
-@choices(ALONE, [DEFAULT, ALL])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("trained", TRAINED)
+@cases([ALONE, [DEFAULT, ALL]], TRAINED)
 def test_float64_loss_and_every_gradient_are_those_of_stock_transformers(
     choice: tuple[str, ...], family: str, trained: str
 ) -> None:
@@ -120,55 +150,55 @@ def test_float64_loss_and_every_gradient_are_those_of_stock_transformers(
             assert_exact(family, choice, trained, kind, ckpt)
 
 
-@choices(PAIRS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_float64_pairs(choice: tuple[str, ...], family: str) -> None:
+@cases([PAIRS], ("everything", "towers and PLE frozen"))
+def test_float64_pairs(choice: tuple[str, ...], family: str, trained: str) -> None:
     # Each patch alone goes through every combination of both.
-    assert_exact(family, choice, "everything", "mixed", ckpt=False)
-    assert_exact(family, choice, "towers and PLE frozen", "mixed", ckpt=True)
+    assert_exact(family, choice, trained, "mixed", ckpt=trained != "everything")
 
 
 # Of the norm of the reference, on top of what stock transformers is off itself.
 ALLOWANCE = {torch.float32: (2e-7, 2e-6), torch.bfloat16: (2e-3, 1e-2)}
 
 
-@choices(ALONE, PAIRS, [DEFAULT, ALL])
+@cases([ALONE, PAIRS, [DEFAULT, ALL]], ["everything"], CONTINUOUS_FAMILIES)
 @pytest.mark.parametrize("dtype", ALLOWANCE, ids=str)
 def test_in_lower_precision_it_is_as_near_to_float64_as_stock_transformers(
-    choice: tuple[str, ...], dtype: torch.dtype
+    choice: tuple[str, ...], family: str, trained: str, dtype: torch.dtype
 ) -> None:
-    for family in CONTINUOUS_FAMILIES:
-        model = model_of(family, dtype, "everything")
+    model = model_of(family, dtype, trained)
+    report = patches.apply(model, choice)
+    try:
+        found = loss_and_gradients(model, batch(model, *BATCHES["mixed"]))
+    finally:
+        report.undo()
+    triples = zip(errors(family, found), stock_errors(family, dtype), ALLOWANCE[dtype], strict=True)
+    for error, stock_error, allowance in triples:
+        assert error <= 1.25 * stock_error + allowance
+
+
+@cases([ALONE, PAIRS, [DEFAULT, ALL]], ["towers and PLE frozen"])
+def test_generation_gives_the_same_tokens(
+    choice: tuple[str, ...], family: str, trained: str
+) -> None:
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for kind in ("image and video",) if choice in PAIRS else PROMPTS:
+        model = model_of(family, torch.float32, trained).eval()
+        inputs = batch(model, *PROMPTS[kind])
+        del inputs["labels"]
+        expected = generated(family, kind, model, inputs, options)
         report = patches.apply(model, choice)
         try:
-            found = loss_and_gradients(model, batch(model, *BATCHES["mixed"]))
+            assert torch.equal(model.generate(**inputs, **options), expected), kind
         finally:
             report.undo()
-        triples = zip(
-            errors(family, found), stock_errors(family, dtype), ALLOWANCE[dtype], strict=True
-        )
-        for error, stock_error, allowance in triples:
-            assert error <= 1.25 * stock_error + allowance, family
+            model.train()
 
 
-@choices(ALONE, PAIRS, [DEFAULT, ALL])
-def test_generation_gives_the_same_tokens(choice: tuple[str, ...]) -> None:
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for family in FAMILIES:
-        for kind in ("text", "one image", "video"):
-            model = model_of(family, torch.float32, "towers and PLE frozen").eval()
-            images, videos = BATCHES[kind]
-            inputs = batch(model, images[:1], videos[:1])
-            del inputs["labels"]
-            expected = generated(family, kind, model, inputs, options)
-            report = patches.apply(model, choice)
-            try:
-                assert torch.equal(model.generate(**inputs, **options), expected), (family, kind)
-            finally:
-                report.undo()
-                model.train()
-
-
+PROMPTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "text": ((0,), ()),
+    "one image": ((1,), ()),
+    "image and video": ((1,), (1,)),
+}
 _GENERATED: dict[tuple[str, str], torch.Tensor] = {}
 
 
@@ -277,20 +307,6 @@ def test_weights_survive_a_change_of_dtype_and_a_reload(choice: tuple[str, ...])
             parameter.zero_()
     model.load_state_dict(weights)
     assert relative_error(loss_and_gradients(model, inputs)[0], expected) < 1e-6
-
-
-def status_of(name: str, family: str, trained: str) -> str:
-    """What the report must say, in every transformers release that is supported."""
-    has_ple = family in SHARING_FAMILIES
-    frozen = trained != "everything"
-    applies = {
-        "relative_position_lookup": False,
-        "ple_projection": has_ple,
-        "ple_offload": has_ple and frozen,
-        "supervised_positions": family in SHARING_FAMILIES,
-        "vision_streaming": frozen,
-    }
-    return "applied" if applies.get(name, True) else "not applicable"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
