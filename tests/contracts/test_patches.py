@@ -146,8 +146,9 @@ def test_float64_loss_and_every_gradient_are_those_of_stock_transformers(
     choice: tuple[str, ...], family: str, trained: str
 ) -> None:
     for kind in BATCHES:
-        for ckpt in (False, True):
-            assert_exact(family, choice, trained, kind, ckpt)
+        assert_exact(family, choice, trained, kind, ckpt=False)
+    for kind in ("text", "mixed"):
+        assert_exact(family, choice, trained, kind, ckpt=True)
 
 
 @cases([PAIRS], ("everything", "towers and PLE frozen"))
@@ -161,9 +162,16 @@ ALLOWANCE = {torch.float32: (2e-7, 2e-6), torch.bfloat16: (2e-3, 1e-2)}
 
 
 @cases([ALONE, PAIRS, [DEFAULT, ALL]], ["everything"], CONTINUOUS_FAMILIES)
-@pytest.mark.parametrize("dtype", ALLOWANCE, ids=str)
 def test_in_lower_precision_it_is_as_near_to_float64_as_stock_transformers(
-    choice: tuple[str, ...], family: str, trained: str, dtype: torch.dtype
+    choice: tuple[str, ...], family: str, trained: str
+) -> None:
+    # What two patches do to each other shows in the narrower of the two.
+    for dtype in (torch.bfloat16,) if choice in PAIRS else ALLOWANCE:
+        assert_as_near_as_stock(family, choice, trained, dtype)
+
+
+def assert_as_near_as_stock(
+    family: str, choice: tuple[str, ...], trained: str, dtype: torch.dtype
 ) -> None:
     model = model_of(family, dtype, trained)
     report = patches.apply(model, choice)

@@ -31,6 +31,8 @@ READ = (
     "model.dtype=bfloat16",
 )
 FULL = ("loop.max_steps=20", "checkpoint.every_steps=10")
+# Sharded, each token of an answer gathers the whole model: some runs are enough.
+SILENT = "data.eval_generate_rows=0"
 
 
 @pytest.fixture(scope="module")
@@ -43,46 +45,49 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 def runs(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     on_two = {
-        "full on 2": Case((*FULL, SHARDED)),
-        "gone on": Case((*FULL, SHARDED), goes_on_from="full on 2"),
+        "full on 2": Case((*FULL, SHARDED, SILENT)),
+        "gone on": Case((*FULL, SHARDED, SILENT), goes_on_from="full on 2"),
         "frozen": Case((*FROZEN, SHARDED)),
         "lora": Case((*LORA, SHARDED)),
-        "read": Case((*READ, f"model.path={folder}/full on 2/run/model", SHARDED)),
+        "read": Case((*READ, f"model.path={folder}/full on 2/run/model", SHARDED, SILENT)),
         "mostly text": Case((*data, SHARDED)),
-        "mostly text under ddp": Case((*data, "parallel=ddp")),
+        "mostly text under ddp": Case((*data, "parallel=ddp", SILENT)),
     }
     on_three = {
         "full on 3": Case((*FULL, SHARDED)),
-        "from 2 on 3": Case((*FULL, SHARDED), goes_on_from="full on 2"),
-        "mostly text on 3": Case((*data, SHARDED)),
+        "from 2 on 3": Case((*FULL, SHARDED, SILENT), goes_on_from="full on 2"),
+        "mostly text on 3": Case((*data, SHARDED, SILENT)),
     }
     run_ranks(trains, 2, on_two, str(folder), limit_seconds=400)
     run_ranks(trains, 3, on_three, str(folder), limit_seconds=300)
     return folder
 
 
-def check_same(run: RunFolder, alone: RunFolder) -> None:
+def check_same(run: RunFolder, alone: RunFolder, num_answers: int = 0) -> None:
     """Losses, evaluation and answers."""
     assert run.losses() == pytest.approx(alone.losses(), rel=1e-4)
     assert [run.losses()[step] for step in (1, 2, 3)] == pytest.approx(
         [alone.losses()[step] for step in (1, 2, 3)], rel=1e-6
     )
+    rounded = ["train/grad_norm", "eval/loss", "eval/token_accuracy"]
+    rounded += ["eval/exact_match"] if num_answers else []
     for ours, theirs in zip(run.metrics(), alone.metrics(), strict=True):
         for key in ("train/supervised_tokens", "train/tokens", "train/token_accuracy"):
             assert ours.get(key) == theirs.get(key)
-        for key in ("train/grad_norm", "eval/loss", "eval/token_accuracy", "eval/exact_match"):
+        for key in rounded:
             assert (key in ours) == (key in theirs)
             assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-3)
-    answers = [(r.path / "answers.jsonl").read_text().splitlines() for r in (run, alone)]
-    assert sorted(answers[0]) == sorted(answers[1]) and len(answers[0]) == 7
+    if num_answers:
+        answers = [(r.path / "answers.jsonl").read_text().splitlines() for r in (run, alone)]
+        assert sorted(answers[0]) == sorted(answers[1]) and len(answers[0]) == num_answers
 
 
 def test_every_parameter_trained(runs: Path, train_run: TrainRun) -> None:
     alone = train_run(*COMMON, *FULL)
     losses = alone.losses()
     assert len(losses) == 20 and losses[20] < losses[1] - 0.5
-    for name in ("full on 2", "full on 3"):
-        check_same(RunFolder(runs / name / "run", 0), alone)
+    check_same(RunFolder(runs / "full on 2" / "run", 0), alone)
+    check_same(RunFolder(runs / "full on 3" / "run", 0), alone, num_answers=7)
 
 
 def test_going_on(runs: Path) -> None:
@@ -97,11 +102,11 @@ def test_going_on(runs: Path) -> None:
 
 
 def test_frozen_parts_in_host_memory(runs: Path, train_run: TrainRun) -> None:
-    check_same(RunFolder(runs / "frozen" / "run", 0), train_run(*COMMON, *FROZEN))
+    check_same(RunFolder(runs / "frozen" / "run", 0), train_run(*COMMON, *FROZEN), num_answers=7)
 
 
 def test_adapters(runs: Path, train_run: TrainRun) -> None:
-    check_same(RunFolder(runs / "lora" / "run", 0), train_run(*COMMON, *LORA))
+    check_same(RunFolder(runs / "lora" / "run", 0), train_run(*COMMON, *LORA), num_answers=7)
 
 
 def test_adapters_on_a_checkpoint_in_bfloat16(runs: Path, train_run: TrainRun) -> None:
@@ -114,7 +119,8 @@ def test_adapters_on_a_checkpoint_in_bfloat16(runs: Path, train_run: TrainRun) -
 
 def test_steps_without_an_image(runs: Path, train_run: TrainRun, data: tuple[str, ...]) -> None:
     alone = train_run(*COMMON, *data)
-    for name in ("mostly text", "mostly text on 3", "mostly text under ddp"):
+    check_same(RunFolder(runs / "mostly text" / "run", 0), alone, num_answers=7)
+    for name in ("mostly text on 3", "mostly text under ddp"):
         check_same(RunFolder(runs / name / "run", 0), alone)
 
 

@@ -50,42 +50,20 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_the_same_losses_and_the_same_after_ctrl_c(train_run: TrainRun, tmp_path: Path) -> None:
-    status, output = finish(launch(tmp_path / "whole", *SMOOTH))
-    assert status == 0, output
-    whole = RunFolder(tmp_path / "whole" / "run", status)
-    alone = train_run(*SMOOTH)
-
-    assert [m["step"] for m in whole.metrics()] == list(range(STEPS + 1))
-    assert whole.losses() == pytest.approx(alone.losses(), rel=1e-5)
-    for ours, theirs in zip(whole.metrics(), alone.metrics(), strict=True):
-        if "train/loss" in ours:
-            # The number of learned tokens tells the samples of a step.
-            for key in ("train/supervised_tokens", "train/tokens"):
-                assert ours[key] == theirs[key]
-            assert len(ours["memory/peak_gib_per_rank"]) == 2
-            assert ours["memory/peak_rank"] in (0, 1)
-        if "eval/loss" in ours:
-            assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-5)
-    answers = (whole.path / "answers.jsonl").read_text().splitlines()
-    assert sorted(answers) == sorted((alone.path / "answers.jsonl").read_text().splitlines())
-    assert whole.training_state().keys() - alone.training_state().keys() == {"rng_rank1.json"}
-
-    cut = interrupt(tmp_path / "cut")
-    done = len(cut.losses())
+def test_ctrl_c_and_the_same_command_again(train_run: TrainRun, tmp_path: Path) -> None:
+    """Stopping and going on to the bit are in tests/faults/test_preemption.py."""
+    run = interrupt(tmp_path)
+    done = len(run.losses())
     assert 1 <= done < STEPS
-    shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
-    status, output = finish(launch(tmp_path / "cut", *SMOOTH))
-    assert status == 0, output
-    assert cut.losses() == whole.losses()
-    assert cut.training_state() == whole.training_state()
-
-    # One process goes on where two were stopped: the same samples, none twice and none left out.
-    fewer = train_run(*SMOOTH, run_dir=tmp_path / "fewer")
-    assert fewer.losses() == pytest.approx(whole.losses(), rel=1e-5)
-    for ours, theirs in zip(fewer.metrics(), whole.metrics(), strict=True):
-        assert ours.get("train/supervised_tokens") == theirs.get("train/supervised_tokens")
-    assert list(fewer.losses().items())[:done] == list(whole.losses().items())[:done]
+    status, output = finish(launch(tmp_path, *SMOOTH))
+    assert status == 0 and f"going on after step {done}" in output, output
+    alone = train_run(*SMOOTH)
+    assert [m["step"] for m in run.metrics()] == list(range(STEPS + 1))
+    assert run.losses() == pytest.approx(alone.losses(), rel=1e-5)
+    for record in run.metrics()[1:]:
+        assert len(record["memory/peak_gib_per_rank"]) == 2
+        assert record["memory/peak_rank"] in (0, 1)
+    assert run.training_state().keys() - alone.training_state().keys() == {"rng_rank1.json"}
 
 
 def test_sharded_from_launch_to_export(train_run: TrainRun, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from gemtune.patches import Plan, Wrap, available, catalogue, default
 REPOSITORY = Path(__file__).resolve().parents[3]
 ENTRY = REPOSITORY / "scripts" / "benchmark.py"
 BENCHMARKS = REPOSITORY / "benchmarks"
+pytestmark = pytest.mark.xdist_group("benchmark")
+
 ROW = {"name", "patches", "status", "reason", "seconds", "ratio"}
 ROW |= {"peak_mib", "peak_vs_none", "saved_mib", "saved_vs_none", "loss_error", "gradient_error"}
 ON_LINUX = sys.platform == "linux"
