@@ -89,8 +89,8 @@ def test_an_image_is_one_token_of_many(data):
     row = preview_row(data, 1)
     (run,) = [token for token in row.tokens if token.count > 1]
     assert (run.text, run.count, run.learned) == ("<|image|>", 6, False)
-    (picture,) = row.pictures
-    assert (picture.width, picture.height, picture.num_tokens) == (96, 144, 6)
+    (picture,) = row.media
+    assert (picture.line, picture.image.size) == ("image 96 x 144: 6 tokens", (96, 144))
     assert row.num_tokens == len(data[1].input_ids)
 
 
@@ -103,7 +103,7 @@ def test_learned_text_without_colours(data):
 
 def test_figures(data):
     preview = make_preview(data, 5)
-    assert (preview.num_rows, len(preview.rows), preview.num_images) == (2, 2, 1)
+    assert (preview.num_rows, len(preview.rows), preview.num_media["image"]) == (2, 2, 1)
     assert preview.num_tokens == sum(len(data[i].input_ids) for i in range(2))
     assert preview.num_learned == sum(row.num_learned for row in preview.rows)
     said = "\n".join(summary_lines(preview))
@@ -196,7 +196,10 @@ def test_a_run_records_what_it_shows_and_what_it_left_out(data, tmp_path):
     ((name, columns, rows),) = reporter._dashboard.tables
     assert (name, len(rows)) == ("data/preview", 2)
     shown = dict(zip(columns, rows[1], strict=True))
-    assert (shown["images"], shown["learned"]) == ("96 x 144", data[1].num_supervised_tokens)
+    assert (shown["media"], shown["learned"]) == (
+        "image 96 x 144: 6 tokens",
+        data[1].num_supervised_tokens,
+    )
     assert "«green<turn|>»" in shown["text"]
 
 
