@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gemtune import adapters, patches
 from gemtune.adapters import Lora
-from gemtune.models import StandInImage, trained_modalities
+from gemtune.models import StandIns, trained_modalities
 from gemtune.parallel import DDP, FSDP2
 from gemtune.parallel.fsdp import shard
 from gemtune.parallel.gradients import clip_gradients
@@ -170,8 +170,10 @@ def _gradients(rank: int, case: Case) -> dict[str, Any]:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     else:
         shard(base, find_units(base), CPU, mixed_precision=case.mixed_precision)
-    if "vision" in trained_modalities(model):
-        StandInImage(base, without_autograd=case.strategy == FSDP2)
+    if trained := trained_modalities(model):
+        kinds = {"image"} if case.audios is None else {"image", "video", "audio"}
+        kinds -= {"image", "video"} if "vision" not in trained else set()
+        StandIns(base, kinds, without_autograd=case.strategy == FSDP2)
     batches = case.batches(base)
     total = sum(supervised(inputs) for per_rank in batches for inputs in per_rank)
     lengths = _lengths_of_last_layer(base)
