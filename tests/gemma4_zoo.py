@@ -43,6 +43,7 @@ _AUDIO = {
     "num_attention_heads": 2,
     "subsampling_conv_channels": [NUM_MEL_BINS, 4],
     "output_proj_dims": 48,
+    "initializer_range": 0.1,
 }
 
 

@@ -120,6 +120,33 @@ def test_float64_loss_and_every_gradient_are_those_of_stock_transformers(
             assert_exact(family, choice, trained, kind, ckpt)
 
 
+@cache
+def hearing() -> tuple[Any, dict[str, torch.Tensor], tuple[torch.Tensor, dict]]:
+    """A model with an audio tower, rows with every kind of media, and what stock makes of them."""
+    model = build("e2b", hears=True)
+    inputs = batch(model, (1, 0, 0), (0, 1, 0), audios_per_row=(1, 0, 2))
+    with exact_float64():
+        return model, inputs, loss_and_gradients(model, inputs, reference=True)
+
+
+@choices(ALONE, [DEFAULT, ALL])
+def test_rows_with_audio_have_the_loss_and_gradients_of_stock(choice: tuple[str, ...]) -> None:
+    model, inputs, (expected_loss, expected) = hearing()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    report = patches.apply(model, choice)
+    try:
+        with exact_float64():
+            stock_loss = not brings_its_loss(choice, "e2b")
+            loss, gradients = loss_and_gradients(model, inputs, reference=stock_loss)
+    finally:
+        report.undo()
+        model.gradient_checkpointing_disable()
+    assert relative_error(loss, expected_loss) < EXACT
+    assert gradients.keys() == expected.keys()
+    worst = max(expected, key=lambda name: relative_error(gradients[name], expected[name]))
+    assert relative_error(gradients[worst], expected[worst]) < EXACT, worst
+
+
 @choices(PAIRS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float64_pairs(choice: tuple[str, ...], family: str) -> None:
