@@ -149,7 +149,7 @@ class AudioEncoder:
             longest = self._seconds(self.max_soft_tokens * FRAMES_PER_TOKEN)
             raise DataError(
                 f"{where}: the audio takes {clip.seconds:.1f} s; Gemma 4 hears at most "
-                f"{longest:.0f} s. Cut it."
+                f"{longest:g} s. Cut it."
             )
         if not num_tokens:
             raise DataError(

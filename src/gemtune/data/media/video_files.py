@@ -122,7 +122,10 @@ def _frames(container: Any, stream: Any, where: str) -> Iterator[Any]:
         try:
             frame = next(frames, None)
         except (av.FFmpegError, ValueError, MemoryError) as error:
-            raise DataError(f"{where}: the video is damaged ({_said(error)}).") from error
+            raise DataError(
+                f"{where}: the video is damaged or cut off ({_said(error)}). Convert it anew: "
+                "ffmpeg -i FILE NEW.mp4"
+            ) from error
         if frame is None:
             return
         yield frame
