@@ -90,7 +90,10 @@ SETTINGS = {
 VIDEO_FILES = {
     "video_too_long.jsonl": ({"max_video_seconds": 1.0}, "the video takes 2.0 s, and data.max_v"),
     "video_truncated.jsonl": ({}, "not a video that can be read .*Convert it: ffmpeg"),
-    "video_truncated_behind.jsonl": (CHECKED, "the video is damaged or cut off .*Convert it anew: ffm"),
+    "video_truncated_behind.jsonl": (
+        CHECKED,
+        "the video is damaged or cut off .*Convert it anew: ffm",
+    ),
     "video_is_a_playlist.jsonl": ({}, "not a video that can be read"),
 }
 # Nothing of the file can be used, whatever is skipped.

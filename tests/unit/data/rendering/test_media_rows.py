@@ -14,7 +14,6 @@ from recordings import RATE_HZ, frame, tone, wav
 from transformers import Gemma4ImageProcessorPil
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
-from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.video_utils import VideoMetadata
 
 from gemtune.data import ChatEncoder, OtherMedia, collate, collate_packed
@@ -80,13 +79,13 @@ class Pixels:
 
 
 @pytest.fixture(scope="module")
-def processor(knowing):
+def processor(knowing, stock_processor_class):
     """The stock processor; all that it does with ids is its own."""
-    if not hasattr(Gemma4Processor, "replace_video_token"):
+    if not hasattr(stock_processor_class, "replace_video_token"):
         pytest.skip("this Gemma4Processor checks for torchvision before it looks at a row")
     name = "check_argument_for_proper_class"
-    with mock.patch.object(Gemma4Processor, name, lambda *_: None):
-        return Gemma4Processor(EXTRACTOR, FRAMES, copy.deepcopy(knowing), Pixels())
+    with mock.patch.object(stock_processor_class, name, lambda *_: None):
+        return stock_processor_class(EXTRACTOR, FRAMES, copy.deepcopy(knowing), Pixels())
 
 
 def user(*parts):
