@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from gemtune.checkpoint import (
 )
 from gemtune.config import RunConfig
 from gemtune.console import Screen
-from gemtune.data import Batch, BatchStream, ChatDataset, StreamedDataset, prepare
+from gemtune.data import (
+    Batch,
+    BatchStream,
+    ChatDataset,
+    OtherMedia,
+    StreamedDataset,
+    prepare,
+)
 from gemtune.evaluation import exact_match, generate_answers, rounds_of_rank
 from gemtune.exit_codes import DONE
 from gemtune.guard import guarded
@@ -34,7 +41,7 @@ from gemtune.losses import HostLabels
 from gemtune.memory import PeakTracker, advice
 from gemtune.models import (
     Processing,
-    StandInImage,
+    StandIns,
     base_model,
     encode_images_in_forward,
     load_processing,
@@ -179,6 +186,7 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
             processing.image_processor,
             config.run.seed,
             screen.checking,
+            OtherMedia(**processing.other_media),
         )
     screen.lines(dict.fromkeys([*train_rows.notes, *eval_rows.notes]))
     batches = batch_stream(config, runtime, train_rows)
@@ -208,7 +216,6 @@ def open_session(
     trained = trained_modalities(stages.model)
     model = runtime.distribute(
         stages.model,
-        find_unused_parameters="audio" in trained,  # nothing here feeds the audio tower
         on_host=host_parameters(stages.model),
         base=stages.base,
     )
@@ -251,12 +258,21 @@ def open_session(
         return {"host_labels": HostLabels(batch.labels)} if loss_alone else {}
 
     session.look_ahead = look_ahead
-    if "vision" in trained and runtime.world_size > 1:
-        # A batch of text alone gives the vision tower no gradient, a batch of another rank may.
-        stand_in = StandInImage(stages.base, without_autograd=runtime.is_sharded)
-        if not stages.train_rows.every_row_has_images:
-            session.after_backward = lambda: stand_in.forget_unfed(runtime.on_any)
+    if trained and runtime.world_size > 1:
+        session.after_backward = stand_in(trained, runtime, stages)
     return session, reporter, writer
+
+
+def stand_in(trained: set[str], runtime: Runtime, stages: Stages) -> Callable[[], None]:
+    """A batch of text alone gives the towers no gradient, a batch of another rank may: from now on
+    each runs in every forward. Returns what is to be done after the backward passes of a step."""
+    in_data = stages.train_rows.media_kinds | stages.eval_rows.media_kinds
+    kinds = {"audio"} & trained
+    if "vision" in trained:
+        kinds |= in_data & {"image", "video"} or {"image"}
+    stand_ins = StandIns(stages.base, kinds, without_autograd=runtime.is_sharded)
+    always = stages.train_rows.media_in_every_row
+    return lambda: stand_ins.forget_unfed(runtime.on_any, always)
 
 
 def restore_from(

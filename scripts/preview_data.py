@@ -30,7 +30,7 @@ from rich.console import Console
 from gemtune.composition import explain, with_unchecked_keys
 from gemtune.config import RunConfig, typed
 from gemtune.console import Screen
-from gemtune.data import prepare
+from gemtune.data import OtherMedia, prepare
 from gemtune.errors import ConfigError, UserError
 from gemtune.models import load_processing
 from gemtune.options import did_you_mean, option, require_choice, require_range
@@ -101,6 +101,7 @@ def show(arguments: Sequence[str]) -> int:
             processing.image_processor,
             config.run.seed,
             screen.checking,
+            OtherMedia(**processing.other_media),
         )
     preview = make_preview(sets[own.split == "eval"], own.rows)
     width = None if sys.stdout.isatty() else 100

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gemtune import adapters, patches
 from gemtune.adapters import Lora
-from gemtune.models import StandInImage, trained_modalities
+from gemtune.models import StandIns, trained_modalities
 from gemtune.parallel import DDP, FSDP2
 from gemtune.parallel.fsdp import shard
 from gemtune.parallel.gradients import clip_gradients
@@ -33,6 +33,19 @@ MAX_NORM = 0.5
 IMAGES = (
     ((1, 0, 2), (0, 0), (2,)),
     ((0,), (1, 1), (0, 3)),
+)
+# The same with videos and audio: no two ranks of a micro-batch have the same kinds.
+MIXED = (
+    ((1, 0), (0, 0), (0, 0)),
+    ((0,), (1, 1), (0, 1)),
+)
+VIDEOS = (
+    ((0, 0), (0, 0), (1, 0)),
+    ((0,), (0, 0), (0, 0)),
+)
+AUDIOS = (
+    ((0, 0), (0, 0), (2, 1)),
+    ((1,), (0, 1), (0, 0)),
 )
 
 
@@ -49,6 +62,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     mixed_precision: str = "no"
     images: tuple[tuple[tuple[int, ...], ...], ...] = IMAGES
+    hears: bool = False
+    """With an audio tower, and rows with videos and audio too."""
 
     @property
     def is_exact(self) -> bool:
@@ -56,7 +71,7 @@ class Case:
 
     def build(self) -> tuple[Any, Any]:
         """(the model around which an adapter may be, the Gemma 4 itself)."""
-        base = zoo.build(self.family, self.dtype, frozen=self.frozen)
+        base = zoo.build(self.family, self.dtype, frozen=self.frozen, hears=self.hears)
         patches.apply(base, self.patches)
         if self.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -72,6 +87,14 @@ class Case:
 
     def batches(self, base: Any) -> list[list[dict[str, torch.Tensor]]]:
         """[micro-batch][rank]"""
+        if self.hears:
+            return [
+                [
+                    zoo.batch(base, images, videos, 7 * number + rank, audios)
+                    for rank, (images, videos, audios) in enumerate(zip(*per_rank, strict=True))
+                ]
+                for number, per_rank in enumerate(zip(MIXED, VIDEOS, AUDIOS, strict=True))
+            ]
         return [
             [
                 zoo.batch(base, images_per_row=images, seed=7 * number + rank)
@@ -113,6 +136,9 @@ CASES = {
     "float32 LoRA on bfloat16": Case(lora=("language",), dtype=torch.bfloat16),
     "bfloat16": Case(dtype=torch.bfloat16),
     "mixed precision": Case(dtype=torch.float32, mixed_precision="bf16"),
+    "every kind": Case(hears=True, checkpointing=True),
+    "every kind, frozen towers": Case(hears=True, frozen=("vision_tower", "audio_tower")),
+    "every kind, DDP, recomputed": Case(hears=True, strategy=DDP, checkpointing=True),
     "DDP": Case(strategy=DDP),
     "DDP, recomputed": Case(strategy=DDP, checkpointing=True),
     "DDP, frozen tower": Case(strategy=DDP, frozen=("vision_tower",)),
@@ -170,8 +196,10 @@ def _gradients(rank: int, case: Case) -> dict[str, Any]:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     else:
         shard(base, find_units(base), CPU, mixed_precision=case.mixed_precision)
-    if "vision" in trained_modalities(model):
-        StandInImage(base, without_autograd=case.strategy == FSDP2)
+    if trained := trained_modalities(model):
+        kinds = {"image", "video", "audio"} if case.hears else {"image"}
+        kinds -= {"image", "video"} if "vision" not in trained else set()
+        StandIns(base, kinds, without_autograd=case.strategy == FSDP2)
     batches = case.batches(base)
     total = sum(supervised(inputs) for per_rank in batches for inputs in per_rank)
     lengths = _lengths_of_last_layer(base)

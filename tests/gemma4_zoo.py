@@ -24,6 +24,7 @@ from transformers.models.gemma4 import modeling_gemma4
 import gemtune
 
 TINY_CONFIG = Path(gemtune.__file__).parent / "assets" / "tiny" / "config.json"
+MEDIA_TEMPLATE = Path(__file__).parent / "fixtures" / "templates" / "gemma4_small.jinja"
 FAMILIES = ("e2b", "e4b", "26b_a4b", "31b")
 # Where rounding decides which experts a token goes to, the result jumps, in stock transformers as
 # well. With every token at every expert it does not.
@@ -33,14 +34,28 @@ SHARING_FAMILIES = ("e2b", "e4b")
 IMAGE_GRIDS = ((2, 2), (3, 2), (2, 4), (1, 3))  # soft tokens: width, height
 FRAME_GRID = (2, 3)
 FRAMES_PER_VIDEO = 3
+AUDIO_FRAMES = (13, 30, 22)  # log-mel frames; a soft token takes four
+NUM_MEL_BINS = 128
+_AUDIO = {
+    "model_type": "gemma4_audio",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [NUM_MEL_BINS, 4],
+    "output_proj_dims": 48,
+    "initializer_range": 0.1,
+}
 
 
-def config_of(family: str) -> Gemma4Config:
+def config_of(family: str, hears: bool = False) -> Gemma4Config:
     """ "e2b" (the bundled tiny one), "e4b", "26b_a4b" (experts) or "31b" (dense, bidirectional).
 
-    "26b_a4b_all_experts" sends every token to every expert.
+    "26b_a4b_all_experts" sends every token to every expert. `hears`: with an audio tower, which the
+    bundled one has not.
     """
     values = json.loads(TINY_CONFIG.read_text())
+    if hears:
+        values["audio_config"] = dict(_AUDIO)
     text, vision = values["text_config"], values["vision_config"]
     if family == "e4b":
         text |= {"num_key_value_heads": 2, "use_double_wide_mlp": False}
@@ -65,11 +80,16 @@ def config_of(family: str) -> Gemma4Config:
     return Gemma4Config.from_dict(copy.deepcopy(values))
 
 
-def model_folder(family: str, parent: Path) -> str:
-    """The bundled tiny model's tokenizer, template and processor with the config of a family."""
+def model_folder(family: str, parent: Path, hears: bool = False) -> str:
+    """The bundled tiny model's tokenizer, template and processor with the config of a family.
+
+    `hears`: with an audio tower, and a template that knows audio and video.
+    """
     folder = parent / family
     shutil.copytree(TINY_CONFIG.parent, folder)
-    (folder / "config.json").write_text(json.dumps(config_of(family).to_dict()))
+    (folder / "config.json").write_text(json.dumps(config_of(family, hears).to_dict()))
+    if hears:
+        shutil.copy(MEDIA_TEMPLATE, folder / "chat_template.jinja")
     return str(folder)
 
 
@@ -79,14 +99,15 @@ def build(
     seed: int = 0,
     frozen: tuple[str, ...] = (),
     attention: str = "sdpa",
+    hears: bool = False,
 ) -> Any:
     """A model in training mode, every parameter and buffer moved off its special initial value.
 
     Parameters whose name contains one of `frozen` are not trained.
     """
     torch.manual_seed(seed)
-    config = config_of(family)
-    config._attn_implementation = attention
+    config = config_of(family, hears)
+    config._attn_implementation = {"text_config": attention, "vision_config": attention}
     config.text_config._experts_implementation = "eager"  # grouped matmul knows no float64
     model = Gemma4ForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
@@ -169,15 +190,17 @@ def batch(
     images_per_row: tuple[int, ...] = (1, 0, 2),
     videos_per_row: tuple[int, ...] = (),
     seed: int = 0,
+    audios_per_row: tuple[int, ...] = (),
 ) -> dict[str, torch.Tensor]:
-    """Rows of text with images and videos in them, padded on the right, half of them labelled.
+    """Rows of text with media in them, padded on the right, half of them labelled.
 
     Images have several aspect ratios and are padded to the largest, as the image processor would.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     videos = videos_per_row or (0,) * len(images_per_row)
-    rows, image_grids, frame_grids = [], [], []
+    audios = audios_per_row or (0,) * len(images_per_row)
+    rows, image_grids, frame_grids, audio_frames = [], [], [], []
     for row, num_images in enumerate(images_per_row):
         vocabulary = config.text_config.vocab_size
         ids = torch.randint(40, vocabulary, (20 + 3 * row,), generator=generator).tolist()
@@ -189,18 +212,24 @@ def batch(
             frame_grids += [FRAME_GRID] * FRAMES_PER_VIDEO
             frame = _placeholders(config, config.video_token_id, FRAME_GRID)
             ids[2:2] = frame * FRAMES_PER_VIDEO
+        for number in range(audios[row]):
+            frames = AUDIO_FRAMES[(number + row) % len(AUDIO_FRAMES)]
+            audio_frames.insert(len(audio_frames) - number, frames)
+            run = [config.audio_token_id] * (-(-frames // 4))
+            ids[1:1] = [config.boa_token_id, *run, config.eoa_token_index]
         rows.append(ids)
     length = max(map(len, rows))
     input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows])
     is_image = input_ids == config.image_token_id
     is_video = input_ids == config.video_token_id
-    labels = torch.where((mask == 1) & ~is_image & ~is_video, input_ids, -100)
+    is_audio = input_ids == config.audio_token_id
+    labels = torch.where((mask == 1) & ~is_image & ~is_video & ~is_audio, input_ids, -100)
     labels[:, : length // 2] = -100
     inputs = {
         "input_ids": input_ids,
         "attention_mask": mask,
-        "mm_token_type_ids": is_image.long() + 2 * is_video.long(),
+        "mm_token_type_ids": is_image.long() + 2 * is_video.long() + 3 * is_audio.long(),
         "labels": labels,
     }
     if image_grids:
@@ -208,6 +237,8 @@ def batch(
         inputs |= {"pixel_values": pixels, "image_position_ids": positions}
     if frame_grids:
         inputs |= _video_inputs(model, *_patches(model, frame_grids, generator))
+    if audio_frames:
+        inputs |= _audio_inputs(model, audio_frames, generator)
     return inputs
 
 
@@ -231,6 +262,17 @@ def _patches(
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         positions[i, :count] = torch.stack([x.flatten(), y.flatten()], dim=-1)
     return pixels, positions
+
+
+def _audio_inputs(
+    model: Any, lengths: list[int], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """[A, T, 128] log-mel features and [A, T] which of them are of sound."""
+    shape = (len(lengths), max(lengths) + 2)
+    mask = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(-1)
+    features = torch.randn(*shape, NUM_MEL_BINS, generator=generator) * mask.unsqueeze(-1)
+    dtype = next(model.parameters()).dtype
+    return {"input_features": features.to(dtype), "input_features_mask": mask}
 
 
 def _video_inputs(

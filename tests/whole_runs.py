@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from gemtune.checkpoint.tensors import read_tensors
 from gemtune.composition import with_unchecked_keys
 from gemtune.config import RunConfig, find_recipe, typed
+from gemtune.reporting import Reporter
 from gemtune.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -123,6 +125,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     torch.set_num_threads(threads)
     give_back(handlers)
     return run
+
+
+def press_ctrl_c_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send a real SIGINT once `step` is recorded: the loop sees it in the next step."""
+    original = Reporter.training
+
+    def training(self: Reporter, record: dict) -> None:
+        original(self, record)
+        if self._state.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Reporter, "training", training)
 
 
 def taken_signals() -> dict[signal.Signals, Any]:

@@ -117,4 +117,6 @@ def _question(row: dict[str, Any]) -> str:
     content = row["messages"][last_answer - 1]["content"]
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] or "" if part["type"] == "text" else "[image]" for part in content)
+    return " ".join(
+        part["text"] or "" if part["type"] == "text" else f"[{part['type']}]" for part in content
+    )

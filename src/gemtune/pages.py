@@ -14,6 +14,7 @@ from gemtune.data import BatchStream, ChatDataset, StreamedDataset
 from gemtune.loop import Session
 from gemtune.models import Processing, part_parameters
 from gemtune.patches import PatchReport
+from gemtune.preview import media_counts
 from gemtune.runtime import Runtime
 
 # A pretrained Gemma 4 with its own template starts below this on ordinary text.
@@ -147,7 +148,7 @@ def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
     yield (
         "data",
         f"{config.data.name}: {len(rows):,} rows to learn from, {len(built.eval_rows):,} to judge "
-        f"by, {rows.num_images:,} images",
+        f"by, {media_counts(rows.num_media)}",
         "",
     )
     share = rows.num_supervised_tokens / rows.num_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -13,18 +13,19 @@ from rich.table import Table
 from rich.text import Text
 
 from gemtune.data import ChatDataset, StreamedDataset
-from gemtune.data.rendering.chat import IGNORE_INDEX, ChatEncoder
+from gemtune.data.media.encoders import MEDIA
+from gemtune.data.rendering.chat import IGNORE_INDEX, ChatEncoder, Example
 from gemtune.errors import DataError
 
 MAX_TOKENS_SHOWN = 4000
 _BINS = 12
 _BAR = 40
-_LEARNED, _CONTROL, _IMAGE = "bold green", "cyan", "magenta"
+_LEARNED, _CONTROL, _MEDIUM = "bold green", "cyan", "magenta"
 
 
 @dataclass
 class Token:
-    """One token, or a run of the tokens of one image."""
+    """One token, or a run of the soft tokens of an image, a frame or an audio."""
 
     id: int
     text: str
@@ -35,13 +36,19 @@ class Token:
 
 
 @dataclass
-class Picture:
-    """An image of a row: its size as given, and the tokens it takes."""
+class Medium:
+    """A medium of a row: what it is, the soft tokens it takes, and what of it can be seen."""
 
-    width: int
-    height: int
+    kind: str
+    size: str
+    """`640 x 480`, of a video with its frames, of audio `3.20 s`."""
     num_tokens: int
-    image: Image.Image
+    image: Image.Image | None
+    """Of a video the first frame."""
+
+    @property
+    def line(self) -> str:
+        return f"{self.kind} {self.size}: {self.num_tokens:,} tokens"
 
 
 @dataclass
@@ -52,7 +59,7 @@ class PreviewRow:
     tokens: list[Token]
     num_tokens: int
     num_learned: int
-    pictures: list[Picture] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
 
 
 @dataclass
@@ -72,7 +79,7 @@ class Preview:
     num_rows: int
     num_tokens: int
     num_learned: int
-    num_images: int
+    num_media: dict[str, int]
     lengths: list[Bin]
     notes: list[str]
     rejected: list[str]
@@ -85,13 +92,13 @@ def make_preview(dataset: ChatDataset | StreamedDataset, num_rows: int) -> Previ
     rows = [preview_row(dataset, i) for i in range(min(num_rows, len(dataset)))]
     if isinstance(dataset, ChatDataset):
         lengths = dataset.lengths
-        figures = (dataset.num_tokens, dataset.num_supervised_tokens, dataset.num_images)
+        figures = (dataset.num_tokens, dataset.num_supervised_tokens, dataset.num_media)
     else:
         lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
         figures = (
             int(lengths.sum()),
             sum(row.num_learned for row in rows),
-            sum(len(row.pictures) for row in rows),
+            {kind: sum(m.kind == kind for row in rows for m in row.media) for kind in MEDIA},
         )
     return Preview(
         rows,
@@ -105,7 +112,7 @@ def make_preview(dataset: ChatDataset | StreamedDataset, num_rows: int) -> Previ
 
 
 def first_rows(dataset: ChatDataset | StreamedDataset, num_rows: int) -> list[PreviewRow]:
-    """The first rows, without those whose images are damaged: training says that in its turn."""
+    """The first rows, without those whose media are damaged: training says that in its turn."""
     rows = []
     for i in range(min(num_rows, len(dataset))):
         with suppress(DataError):
@@ -114,33 +121,49 @@ def first_rows(dataset: ChatDataset | StreamedDataset, num_rows: int) -> list[Pr
 
 
 def preview_row(dataset: ChatDataset | StreamedDataset, i: int) -> PreviewRow:
-    """Row i of the data set, with its images decoded as in training."""
+    """Row i of the data set, with its media decoded as in training."""
     example = dataset[i]
     encoder = dataset.encoder
-    images = encoder.images_of(dataset.row(i), example.where)[: len(example.images)]
-    pictures = [
-        Picture(*image.size, encoded.num_soft_tokens, image)
-        for image, encoded in zip(images, example.images, strict=True)
-    ]
     learned = example.labels != IGNORE_INDEX
     return PreviewRow(
         example.where,
         list(_tokens(encoder, example.input_ids, learned)),
         len(example.input_ids),
         example.num_supervised_tokens,
-        pictures,
+        list(_media(dataset, i, example)),
     )
 
 
+def _media(dataset: ChatDataset | StreamedDataset, i: int, example: Example) -> Iterator[Medium]:
+    """What is known of each medium that the example still has."""
+    kept = dataset.kept_media(i) if example.images or example.videos or example.audios else {}
+    if not kept:
+        return
+    encoder = dataset.encoder
+    given = encoder.media_of(dataset.row(i), example.where)
+    of_kind = {k: given[k][first : first + count] for k, (first, count) in kept.items()}
+    for image, encoded in zip(of_kind["image"], example.images, strict=True):
+        width, height = image.size
+        yield Medium("image", f"{width} x {height}", encoded.num_soft_tokens, image)
+    for video, frames in zip(of_kind["video"], example.videos, strict=True):
+        assert encoder.media.video is not None
+        width, height = video.size
+        size = f"{width} x {height}, {len(video.indices)} frames to {video.timestamps[-1]:.1f} s"
+        first = encoder.media.video.first_frame(video, example.where)
+        yield Medium("video", size, frames.num_soft_tokens, first)
+    for clip, audio in zip(of_kind["audio"], example.audios, strict=True):
+        yield Medium("audio", f"{clip.seconds:.2f} s", audio.num_soft_tokens, None)
+
+
 def _tokens(encoder: ChatEncoder, ids: np.ndarray, learned: np.ndarray) -> Iterator[Token]:
-    """Each token with its text; those of an image as one; characters of several tokens whole."""
+    """Each token with its text; those of a medium as one; characters of several tokens whole."""
     tokenizer = encoder.tokenizer
-    image_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+    soft = frozenset(encoder.placeholders.soft_ids.values())
     control = frozenset(encoder.control.ids.values())
     pending: list[Token] = []
     shown = ids[:MAX_TOKENS_SHOWN].tolist()
     for place, number in enumerate(shown):
-        if number == image_id and pending and pending[-1].id == image_id:
+        if number in soft and pending and pending[-1].id == number:
             pending[-1].count += 1
             continue
         text = tokenizer.decode([number])
@@ -182,15 +205,23 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     share = preview.num_learned / preview.num_tokens if preview.num_tokens else 0
     yield (
         f"{preview.num_tokens:,} tokens{scope}, {preview.num_learned:,} of them learned "
-        f"({share:.1%}); {preview.num_images:,} images"
+        f"({share:.1%}); {media_counts(preview.num_media)}"
     )
     if preview.rejected:
         yield f"{len(preview.rejected):,} rows cannot be learned from"
 
 
+def media_counts(counts: Mapping[str, int]) -> str:
+    """`1,200 images, 3 videos`; images are named even where there are none."""
+    names = {"image": "images", "video": "videos", "audio": "audios"}
+    return ", ".join(
+        f"{count:,} {names[kind]}" for kind, count in counts.items() if count or kind == "image"
+    )
+
+
 def print_preview(preview: Preview, console: Console, *, ids: bool, max_rejected: int = 20) -> None:
     """To a terminal: what is learned in green (between « » where there are no colours), control
-    tokens in cyan, images in magenta."""
+    tokens in cyan, media in magenta."""
     for line in summary_lines(preview):
         console.print(Text(line))
     for row in preview.rows:
@@ -214,7 +245,7 @@ def print_preview(preview: Preview, console: Console, *, ids: bool, max_rejected
 
 def _row_line(row: PreviewRow) -> str:
     parts = [f"{row.num_tokens:,} tokens, {row.num_learned:,} learned"]
-    parts += [f"image {p.width} x {p.height}: {p.num_tokens} tokens" for p in row.pictures]
+    parts += [medium.line for medium in row.media]
     if row.num_tokens > MAX_TOKENS_SHOWN:
         parts.append(f"the first {MAX_TOKENS_SHOWN:,} tokens are shown")
     return "; ".join(parts)
@@ -227,7 +258,7 @@ def row_text(row: PreviewRow, *, colours: bool = True) -> Text:
         if learned and not colours:
             text.append("«")
         for token in run:
-            other = _IMAGE if token.count > 1 else _CONTROL if token.is_control else ""
+            other = _MEDIUM if token.count > 1 else _CONTROL if token.is_control else ""
             text.append(printable(token), style=_LEARNED if learned else other)
         if learned and not colours:
             text.append("»")

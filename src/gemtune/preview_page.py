@@ -70,7 +70,7 @@ def preview_page(preview: Preview, title: str, *, ids: bool = False) -> str:
             f"<h1>{html.escape(title)}</h1>",
             *(f"<p>{html.escape(line)}</p>" for line in summary_lines(preview)),
             '<p class="quiet"><span class="learned">Learned tokens look like this</span>; '
-            '<span class="medium">these stand for an image</span>; control tokens are '
+            '<span class="medium">these stand for a medium</span>; control tokens are '
             '<span class="control">bold</span>, a text that reads like one is not.</p>',
             "<h2>Rows</h2>",
             *(_row(row) for row in preview.rows),
@@ -94,10 +94,10 @@ def _row(row: PreviewRow) -> str:
     if row.num_tokens > MAX_TOKENS_SHOWN:
         cut = f"; the first {MAX_TOKENS_SHOWN:,} are shown"
     pictures = "".join(
-        f'<figure><img alt="image {number} of the row" src="{_data_url(picture.image)}">'
-        f"<figcaption>{picture.width} × {picture.height}: {picture.num_tokens} tokens"
-        "</figcaption></figure>"
-        for number, picture in enumerate(row.pictures, start=1)
+        "<figure>"
+        + (f'<img alt="" src="{_data_url(medium.image)}">' if medium.image is not None else "")
+        + f"<figcaption>{medium.line}</figcaption></figure>"
+        for medium in row.media
     )
     return (
         f"<section><h3>{html.escape(row.where)}</h3>\n"

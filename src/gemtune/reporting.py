@@ -92,13 +92,13 @@ class Reporter:
         rows = first_rows(dataset, self._num_preview_rows)
         if not rows:
             return
-        columns = ["row", "tokens", "learned", "images", "text"]
+        columns = ["row", "tokens", "learned", "media", "text"]
         table = [
             [
                 row.where,
                 row.num_tokens,
                 row.num_learned,
-                ", ".join(f"{p.width} x {p.height}" for p in row.pictures),
+                "; ".join(medium.line for medium in row.media),
                 row_text(row, colours=False).plain,
             ]
             for row in rows

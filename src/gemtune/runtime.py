@@ -93,15 +93,14 @@ class Runtime:
         self,
         model: nn.Module,
         *,
-        find_unused_parameters: bool,
         on_host: Sequence[str] = (),
         base: nn.Module | None = None,
     ) -> nn.Module:
         """On the device, under autocast where asked, and wrapped for DDP or sharded (FSDP2) where
         there are processes. Optimizers are made after it: sharding replaces the parameters.
 
-        DDP waits for ever for a parameter that got no gradient on one rank, unless it looks for
-        such parameters, which costs a walk over the graph in each step. `on_host` are the names
+        DDP waits for ever for a parameter that got no gradient on one rank: `models.StandIns` sees
+        to it that each gets one. `on_host` are the names
         of frozen parameters that stay in host memory. FSDP2 shards `base`, which holds all
         parameters: `model` itself, or what an adapter is around.
         """
@@ -117,9 +116,7 @@ class Runtime:
             return self.accelerator.prepare_model(
                 model, device_placement=False, evaluation_mode=True
             )
-        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=find_unused_parameters, broadcast_buffers=False
-        )
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
         # DDP takes parameters on one kind of device only; those on the host are frozen.
         # Buffers (RoPE frequencies, clipping ranges) are constants that every rank has. DDP would
         # copy rank 0's over them by position, and transformers before 5.10 registers some in the

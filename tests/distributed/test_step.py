@@ -65,7 +65,7 @@ class Layer(nn.Module):
 
 def session_for(run_dir: Path) -> Session:
     runtime = start(RunSettings(dir=str(run_dir)), ParallelConfig(timeout_seconds=60))
-    model = runtime.distribute(Layer(), find_unused_parameters=False)
+    model = runtime.distribute(Layer())
     return Session(
         runtime=runtime,
         model=model,

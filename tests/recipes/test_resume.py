@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,24 +12,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from whole_runs import REPOSITORY, SMALL, RunFolder, TrainRun
+from whole_runs import REPOSITORY, SMALL, RunFolder, TrainRun, press_ctrl_c_after
 
 from gemtune.errors import CheckpointError, ConfigError
-from gemtune.reporting import Reporter
 
 LORA = ("recipe=gemma4_lora", "adapter.dropout=0.1")
-
-
-def press_ctrl_c_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send a real SIGINT once `step` is recorded: the loop sees it in the next step."""
-    original = Reporter.training
-
-    def training(self: Reporter, record: dict) -> None:
-        original(self, record)
-        if self._state.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Reporter, "training", training)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gemma4_zoo import MEDIA_TEMPLATE
 from PIL import Image
+from recordings import frame, png, tone, wav
 from rich.console import Console
 from transformers import AutoTokenizer, Gemma4ImageProcessorPil
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
-from gemtune.data import DataConfig, prepare
+from gemtune.data import DataConfig, OtherMedia, prepare
 from gemtune.preview import (
     histogram,
     make_preview,
@@ -89,9 +92,53 @@ def test_an_image_is_one_token_of_many(data):
     row = preview_row(data, 1)
     (run,) = [token for token in row.tokens if token.count > 1]
     assert (run.text, run.count, run.learned) == ("<|image|>", 6, False)
-    (picture,) = row.pictures
-    assert (picture.width, picture.height, picture.num_tokens) == (96, 144, 6)
+    (picture,) = row.media
+    assert (picture.line, picture.image.size) == ("image 96 x 144: 6 tokens", (96, 144))
     assert row.num_tokens == len(data[1].input_ids)
+
+
+def test_videos_and_audio_are_measured_and_shown(tmp_path, monkeypatch):
+    """Seconds and frames, also of what a cut on the left has left of a row."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(frame(10 * number)))
+        (tmp_path / f"{number}.wav").write_bytes(wav(tone(0.5 * (number + 1))))
+    parts = [{"type": "video"}, {"type": "audio"}, {"type": "text", "text": "?"}]
+    answer = {"role": "assistant", "content": "a"}
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "x" * 99}]},
+            answer,
+            {"role": "user", "content": parts},
+            answer,
+        ],
+        "videos": [{"frames": [f"{n}.png" for n in range(3)], "fps": 0.5}],
+        "audios": ["0.wav", "2.wav"],
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = MEDIA_TEMPLATE.read_text()
+    frames = Gemma4ImageProcessorPil(max_soft_tokens=70)
+    others = OtherMedia(frames=frames, extractor=Gemma4AudioFeatureExtractor())
+    for truncate, max_length, cut in (("none", 2048, []), ("left", 300, ["audio"])):
+        config = DataConfig(
+            path=str(path), eval_fraction=0.0, truncate=truncate, max_length=max_length
+        )
+        rows = prepare(config, tokenizer, frames, 0, others=others)[0]
+        preview = make_preview(rows, 1)
+        media = preview.rows[0].media
+        first = [] if cut else ["audio 0.50 s: 13 tokens"]
+        assert [medium.line for medium in media] == [
+            "video 96 x 96, 3 frames to 4.0 s: 192 tokens",
+            *first,
+            "audio 1.50 s: 38 tokens",
+        ]
+        assert media[0].image.getpixel((0, 0)) == (0, 0, 0) and media[-1].image is None
+        said = "\n".join(summary_lines(preview))
+        assert f"0 images, 1 videos, {2 - len(cut)} audios" in said
+        page = preview_page(preview, "t")
+        assert "3 frames to 4.0 s" in page and "audio 1.50 s" in page
 
 
 def test_learned_text_without_colours(data):
@@ -103,7 +150,7 @@ def test_learned_text_without_colours(data):
 
 def test_figures(data):
     preview = make_preview(data, 5)
-    assert (preview.num_rows, len(preview.rows), preview.num_images) == (2, 2, 1)
+    assert (preview.num_rows, len(preview.rows), preview.num_media["image"]) == (2, 2, 1)
     assert preview.num_tokens == sum(len(data[i].input_ids) for i in range(2))
     assert preview.num_learned == sum(row.num_learned for row in preview.rows)
     said = "\n".join(summary_lines(preview))
@@ -196,7 +243,10 @@ def test_a_run_records_what_it_shows_and_what_it_left_out(data, tmp_path):
     ((name, columns, rows),) = reporter._dashboard.tables
     assert (name, len(rows)) == ("data/preview", 2)
     shown = dict(zip(columns, rows[1], strict=True))
-    assert (shown["images"], shown["learned"]) == ("96 x 144", data[1].num_supervised_tokens)
+    assert (shown["media"], shown["learned"]) == (
+        "image 96 x 144: 6 tokens",
+        data[1].num_supervised_tokens,
+    )
     assert "«green<turn|>»" in shown["text"]
 
 

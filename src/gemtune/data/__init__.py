@@ -4,6 +4,7 @@ from gemtune.data.batching.collate import Batch, collate, collate_packed
 from gemtune.data.batching.stream import BatchStream
 from gemtune.data.config import DataConfig
 from gemtune.data.dataset import ChatDataset, prepare
+from gemtune.data.media.encoders import OtherMedia
 from gemtune.data.rendering.chat import ChatEncoder, Example
 from gemtune.data.streaming import StreamedDataset
 
@@ -14,6 +15,7 @@ __all__ = [
     "ChatEncoder",
     "DataConfig",
     "Example",
+    "OtherMedia",
     "StreamedDataset",
     "collate",
     "collate_packed",

@@ -41,7 +41,7 @@ class DataConfig:
     eval_max_rows: int | None = option(None, "rows used for eval/loss; null: all")
     eval_generate_rows: int | None = option(8, "rows answered by generating; null: all")
     eval_max_new_tokens: int = option(64, "longest generated answer, in tokens")
-    max_length: int = option(2048, "tokens of a row, image tokens included")
+    max_length: int = option(2048, "tokens of a row, those of media included")
     truncate: str = option("none", "none: a longer row is a bad row; right, left: its text is cut")
     on_bad_row: str = option("error", "error: stop; skip: leave it out, count and name it")
     max_bad_rows: int | None = option(None, "skip: more than these stop the run; null: any number")
@@ -63,7 +63,11 @@ class DataConfig:
     allow_urls: bool = option(False, "fetch media from public http(s) addresses; kept in ~/.cache")
     max_image_pixels: int = option(50_000_000, "a larger image is a bad row, and not decoded")
     max_media_bytes: int = option(200_000_000, "a larger file is a bad row, and not read")
-    verify_images: bool = option(False, "decode every image in the check, not its header alone")
+    max_video_seconds: float = option(300.0, "a longer video is a bad row, and not decoded")
+    max_video_frames: int = option(20_000, "the same for one of more frames; 32 are used")
+    verify_images: bool = option(
+        False, "decode every image, video and audio in the check, not its header alone"
+    )
     packing: bool = option(
         False, "whole rows together in rows of max_length; loop.*_batch_size count those"
     )
@@ -123,6 +127,8 @@ class DataConfig:
         require_choice("data.mix_epoch", self.mix_epoch, ["all", "first"])
         require_range("data.max_image_pixels", self.max_image_pixels, at_least=1)
         require_range("data.max_media_bytes", self.max_media_bytes, at_least=1)
+        require_range("data.max_video_seconds", self.max_video_seconds, at_least=0)
+        require_range("data.max_video_frames", self.max_video_frames, at_least=1)
         read_filter(self.filter, "data.filter")
         check_mapping(self.columns, "data.columns")
         if not self.mix:
@@ -176,6 +182,8 @@ class DataConfig:
             allow_urls=self.allow_urls,
             max_image_pixels=self.max_image_pixels,
             max_media_bytes=self.max_media_bytes,
+            max_video_seconds=self.max_video_seconds,
+            max_video_frames=self.max_video_frames,
             verify_images=self.verify_images,
         )
 

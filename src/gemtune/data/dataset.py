@@ -9,7 +9,7 @@ import numpy as np
 
 from gemtune.data.batching.collate import Batch, collate, collate_packed
 from gemtune.data.config import DataConfig
-from gemtune.data.media.images import ImageEncoder
+from gemtune.data.media.encoders import Encoders, OtherMedia
 from gemtune.data.preparation.cache import Preparation, Progress
 from gemtune.data.preparation.rows import PreparedRows
 from gemtune.data.rendering.chat import IGNORE_INDEX, ChatEncoder, Example
@@ -23,7 +23,7 @@ class ChatDataset:
     """Rows that were found good, in the order of the source.
 
     Their ids and what is learned of them are prepared, usually in files that every rank maps into
-    memory; images are read again when a batch needs them.
+    memory; media are read again when a batch needs them.
 
     Args:
         prepared: the first rows of the source, encoded.
@@ -61,11 +61,8 @@ class ChatDataset:
         ids = self.prepared.ids(row)
         labels = labels_of(ids, self.prepared.runs(row).tolist(), IGNORE_INDEX)
         example = Example(ids, labels, where=self.source.describe(row))
-        num_images = int(self.prepared.num_images[row])
-        if not num_images:
-            return example
-        first = int(self.prepared.first_image[row])
-        return self.encoder.add_images(example, self.source.rows[row], num_images, first)
+        kept = self.prepared.kept_media(row)
+        return self.encoder.add_media(example, self.source.rows[row], kept) if kept else example
 
     def row(self, i: int) -> dict[str, Any]:
         """The row as the source has it."""
@@ -77,21 +74,19 @@ class ChatDataset:
 
     def batch(self, examples: Sequence[Example], padding_side: str = "right") -> Batch:
         """Collate with this tokenizer's padding."""
-        tokenizer = self.encoder.tokenizer
         return collate(
             examples,
-            pad_id=tokenizer.pad_token_id,
-            image_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+            pad_id=self.encoder.tokenizer.pad_token_id,
+            soft_ids=self.encoder.placeholders.soft_ids,
             padding_side=padding_side,
         )
 
     def packed_batch(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """Several examples in each row, see `collate_packed`."""
-        tokenizer = self.encoder.tokenizer
         return collate_packed(
             rows,
-            pad_id=tokenizer.pad_token_id,
-            image_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+            pad_id=self.encoder.tokenizer.pad_token_id,
+            soft_ids=self.encoder.placeholders.soft_ids,
         )
 
     @property
@@ -99,13 +94,24 @@ class ChatDataset:
         """[N] tokens of each row."""
         return self.prepared.lengths[self._rows].astype(np.int64)
 
-    @property
-    def every_row_has_images(self) -> bool:
-        return bool((self.prepared.num_images[self._rows] > 0).all())
+    def kept_media(self, i: int) -> dict[str, tuple[int, int]]:
+        """Of each kind (first, how many) of the media of `row(i)`; empty where it has none."""
+        return self.prepared.kept_media(int(self._rows[i]))
 
     @property
-    def num_images(self) -> int:
-        return int(self.prepared.num_images[self._rows].sum())
+    def media_in_every_row(self) -> set[str]:
+        """Kinds of which no row is without."""
+        return {k for k, n in self.prepared.num_media.items() if bool((n[self._rows] > 0).all())}
+
+    @property
+    def num_media(self) -> dict[str, int]:
+        """Of each kind, in all rows."""
+        return {k: int(n[self._rows].sum()) for k, n in self.prepared.num_media.items()}
+
+    @property
+    def media_kinds(self) -> set[str]:
+        """Kinds that a batch may have."""
+        return {kind for kind, count in self.num_media.items() if count}
 
     @property
     def num_tokens(self) -> int:
@@ -126,8 +132,12 @@ def prepare(
     image_processor: Any,
     seed: int,
     progress: Progress = lambda done, total: None,
+    others: OtherMedia | None = None,
 ) -> tuple[ChatDataset | StreamedDataset, ChatDataset]:
     """The training and the evaluation rows, every one of them checked (unless streamed).
+
+    Args:
+        others: how videos and audio become inputs, where the model takes them.
 
     Raises:
         DataError: naming file, row and remedy.
@@ -142,7 +152,9 @@ def prepare(
     def encoder_of(part: Source) -> ChatEncoder:
         return ChatEncoder(
             tokenizer,
-            ImageEncoder(image_processor, part.media_root, config.media_policy),
+            Encoders.of(
+                image_processor, others or OtherMedia(), part.media_root, config.media_policy
+            ),
             max_length=config.max_length,
             truncate=config.truncate,
             rendering=config.rendering,

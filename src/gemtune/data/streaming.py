@@ -119,11 +119,10 @@ class StreamedDataset:
 
     def batch(self, examples: Sequence[Example], padding_side: str = "right") -> Batch:
         """Collate with this tokenizer's padding."""
-        tokenizer = self.encoder.tokenizer
         return collate(
             examples,
-            pad_id=tokenizer.pad_token_id,
-            image_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+            pad_id=self.encoder.tokenizer.pad_token_id,
+            soft_ids=self.encoder.placeholders.soft_ids,
             padding_side=padding_side,
         )
 
@@ -132,7 +131,17 @@ class StreamedDataset:
         """Not known before."""
         return None
 
+    def kept_media(self, i: int) -> dict[str, tuple[int, int]]:
+        """Of each kind (first, how many) of the media of `row(i)`; empty where it has none."""
+        index = int(self._rows[i])
+        return self.encoder.encode_text(self.row(i), self.source.describe(index))[1]
+
     @property
-    def every_row_has_images(self) -> bool:
+    def media_in_every_row(self) -> set[str]:
         """Never known before."""
-        return False
+        return set()
+
+    @property
+    def media_kinds(self) -> set[str]:
+        """Kinds that a batch may have: all that the model takes."""
+        return set(self.encoder.media.kinds)

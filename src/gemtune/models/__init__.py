@@ -9,13 +9,13 @@ from gemtune.models.parts import (
     part_parameters,
     trained_modalities,
 )
-from gemtune.models.stand_in import StandInImage, encode_images_in_forward
+from gemtune.models.stand_in import StandIns, encode_images_in_forward
 
 __all__ = [
     "PARTS",
     "ModelConfig",
     "Processing",
-    "StandInImage",
+    "StandIns",
     "base_model",
     "encode_images_in_forward",
     "freeze",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gemtune.errors import ConfigError, ModelError
+from gemtune.models.media import other_media
 from gemtune.models.parts import PARTS, freeze
 from gemtune.options import option, require_choice
 
@@ -70,6 +71,8 @@ class Processing:
     hub_options: dict[str, str]
     processor_file: Path | None
     """Its processor_config.json, which also describes video and audio, where it has one."""
+    other_media: dict[str, Any]
+    """How it turns these into inputs: the arguments of `gemtune.data.OtherMedia`."""
 
 
 def load_processing(config: ModelConfig) -> Processing:
@@ -97,7 +100,8 @@ def load_processing(config: ModelConfig) -> Processing:
             "checkpoint (its name ends in -it), or copy its chat_template.jinja there."
         )
     processor_file = _processor_file(source, hub)
-    return Processing(tokenizer, image_processor, model_config, source, hub, processor_file)
+    others = _read(source, lambda: other_media(tokenizer, model_config, processor_file))
+    return Processing(tokenizer, image_processor, model_config, source, hub, processor_file, others)
 
 
 def load_model(

@@ -53,7 +53,7 @@ def for_model(model, packed):
 
 
 def packed_of(model, rows):
-    return collate_packed(rows, pad_id=0, image_id=model.config.image_token_id)
+    return collate_packed(rows, pad_id=0, soft_ids={"image": model.config.image_token_id})
 
 
 def alone(model, example):

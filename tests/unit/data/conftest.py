@@ -58,6 +58,16 @@ def stock_processor():
     return Gemma4ImageProcessorPil()
 
 
+@pytest.fixture(scope="session")
+def stock_processor_class():
+    """`Gemma4Processor`; some releases of transformers import torchvision for it."""
+    try:
+        from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+    except ImportError as error:
+        pytest.skip(f"Gemma4Processor cannot be imported: {error}")
+    return Gemma4Processor
+
+
 @pytest.fixture
 def make_encoder(tokenizer, tiny_processor):
     def make(

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Gemma4ImageProcessorPil
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
-from gemtune.data import DataConfig, prepare
+from gemtune.data import DataConfig, OtherMedia, prepare
 from gemtune.errors import DataError
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "bad_data"
@@ -60,7 +62,13 @@ BAD_ROWS = {
     "image_by_metadata_url.jsonl": ("line 2", "images are not fetched from URLs .* Save it first"),
     "image_by_data_url.jsonl": ("line 2", "images are not fetched from URLs .* Save it first"),
     "image_in_assistant.jsonl": ("line 2", "'image' is not read from the assistant role"),
-    "audio_wrong_rate.jsonl": ("line 2", "audio"),
+    "audio_wrong_rate.jsonl": ("line 2", "8000 samples a second; 16000 are needed. Resample it"),
+    "audio_truncated.jsonl": ("line 2", "not a WAV file .*is cut off: 6,400 bytes .*Convert it"),
+    "audio_is_text.jsonl": ("line 2", "not a WAV file that can be read .*Convert it: ffmpeg"),
+    "audio_without_rate.jsonl": ("line 2", "audio as an 'array' needs its 'sampling_rate'"),
+    "audio_of_integers.jsonl": ("line 2", "here is one of 300. Divide integers of 16 bits by"),
+    "video_frame_missing.jsonl": ("line 2", "there is no image file .*media/gone.png"),
+    "video_of_no_rate.jsonl": ("line 2", "'fps' of a video must be a number above 0, not 0"),
     "audio_without_part.jsonl": ("line 2", "1 audios are given but the messages have 0 audio"),
     "tool_call_broken.jsonl": ("line 2", "tool"),
     "sharegpt_unknown_speaker.jsonl": ("line 2", "turn 1 is from 'alien'; allowed are human"),
@@ -78,6 +86,16 @@ SETTINGS = {
     "image_by_metadata_url.jsonl": (URLS, "line 2", "169.254.169.254, which is not a public addr"),
     "image_by_data_url.jsonl": (URLS, "line 2", "not fetched from URLs .* Save it first"),
 }
+# The same with PyAV.
+VIDEO_FILES = {
+    "video_too_long.jsonl": ({"max_video_seconds": 1.0}, "the video takes 2.0 s, and data.max_v"),
+    "video_truncated.jsonl": ({}, "not a video that can be read .*Convert it: ffmpeg"),
+    "video_truncated_behind.jsonl": (
+        CHECKED,
+        "the video is damaged or cut off .*Convert it anew: ffm",
+    ),
+    "video_is_a_playlist.jsonl": ({}, "not a video that can be read"),
+}
 # Nothing of the file can be used, whatever is skipped.
 BAD_FILES = {
     "utf16.jsonl": "is UTF-16; UTF-8 is read. .*iconv -f UTF-16 -t UTF-8",
@@ -93,7 +111,13 @@ BAD_FILES = {
     "corrupt.arrow": "cannot be read as Arrow: ",
 }
 # Looks wrong and is not; or has a test of its own below.
-OTHERS = {"bom.jsonl", "duplicate_ids.jsonl", "forged_turn.jsonl", "forged_image.jsonl"}
+OTHERS = {
+    "audio_too_long.jsonl",
+    "bom.jsonl",
+    "duplicate_ids.jsonl",
+    "forged_turn.jsonl",
+    "forged_image.jsonl",
+}
 
 _forbidden = ("socket.__new__", "socket.connect", "socket.bind", "subprocess.Popen", "os.system",
               "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pickle.find_class")  # fmt: skip
@@ -127,11 +151,16 @@ def nothing_but_reading():
     assert not seen
 
 
+EVERY_KIND = OtherMedia(
+    frames=Gemma4ImageProcessorPil(max_soft_tokens=70), extractor=Gemma4AudioFeatureExtractor()
+)
+
+
 @pytest.fixture
 def run(tokenizer, tiny_processor):
-    def run(name, **settings):
+    def run(name, others=EVERY_KIND, **settings):
         config = DataConfig(path=str(FOLDER / name), eval_fraction=0.0, **settings)
-        return prepare(config, tokenizer, tiny_processor, seed=0)[0]
+        return prepare(config, tokenizer, tiny_processor, 0, others=others)[0]
 
     return run
 
@@ -186,6 +215,31 @@ def test_a_truncated_image_is_named_when_it_is_decoded(run):
         kept[1]
 
 
+@pytest.mark.parametrize("name", VIDEO_FILES)
+def test_a_bad_video_file(run, name):
+    pytest.importorskip("av", reason="PyAV is not installed: pip install -e '.[video]'")
+    settings, says = VIDEO_FILES[name]
+    check_row(run, name, "line 2", says, settings)
+
+
+def test_a_video_file_without_what_decodes_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    check_row(run, "video_too_long.jsonl", "line 2", "pip install 'gemtune.video.'; or give", {})
+
+
+def test_a_recording_that_is_longer_than_the_model_hears(run):
+    deaf = OtherMedia(extractor=Gemma4AudioFeatureExtractor(), max_audio_tokens=4)
+    says = "the audio takes 0.2 s; Gemma 4 hears at most 0.16 s. Cut it"
+    check_row(run, "audio_too_long.jsonl", "line 2", says, {"others": deaf})
+
+
+@pytest.mark.parametrize("name", ["audio_too_long.jsonl", "video_too_long.jsonl"])
+def test_media_that_the_model_does_not_take(run, name):
+    none = OtherMedia(refusals=dict.fromkeys(("audio", "video"), "the model has no tower for it"))
+    says = "is not read: the model has no tower for it. Leave such rows out"
+    check_row(run, name, "line 2", says, {"others": none})
+
+
 def test_pipes_and_loops_are_not_waited_for(run, tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
@@ -195,7 +249,7 @@ def test_pipes_and_loops_are_not_waited_for(run, tmp_path):
 
 
 def test_every_file_is_tried():
-    tried = {*BAD_ROWS, *SETTINGS, *BAD_FILES, *OTHERS}
+    tried = {*BAD_ROWS, *SETTINGS, *VIDEO_FILES, *BAD_FILES, *OTHERS}
     assert tried == {file.name for file in FOLDER.iterdir() if file.is_file()} - {"README.md"}
     assert len(tried) >= 30
 

@@ -128,7 +128,7 @@ def test_only_bad_rows_to_judge_by(run, rows, write_jsonl):
     path = write_jsonl(rows)
     train, judge = run(path, eval_path=write_jsonl([BAD] * 3, "bad.jsonl"), on_bad_row="skip")
     assert (len(train), len(judge), len(judge.rejected)) == (20, 0, 3)
-    assert judge.num_tokens == judge.num_images == judge.num_supervised_tokens == 0
+    assert judge.num_tokens == judge.num_media["image"] == judge.num_supervised_tokens == 0
     assert judge.longest_row_tokens == 0
 
 
@@ -152,8 +152,8 @@ def test_counts(run, chat, png, write_parquet):
     ]
     train, _ = run(write_parquet(rows), eval_fraction=0)
     examples = [train[i] for i in range(3)]
-    assert train.num_images == 3 == sum(len(e.images) for e in examples)
-    assert train.every_row_has_images == all(e.images for e in examples)
+    assert train.num_media["image"] == 3 == sum(len(e.images) for e in examples)
+    assert ("image" in train.media_in_every_row) == all(e.images for e in examples)
     assert train.num_tokens == sum(len(e.input_ids) for e in examples)
     assert train.longest_row_tokens == max(len(e.input_ids) for e in examples)
     assert train.num_supervised_tokens == sum(int((e.labels != -100).sum()) for e in examples)
@@ -175,8 +175,8 @@ def test_a_row_is_what_the_encoder_makes_of_it(run, make_encoder):
 def test_a_cut_row_has_only_the_images_before_the_cut(run, chat, png, write_parquet):
     path = write_parquet([chat((None, "a"), ("b",), (None, "c"), ("d",), images=[png(), png()])])
     train, _ = run(path, truncate="right", max_length=20)
-    assert train.num_images == len(train[0].images) == 1
-    assert train.every_row_has_images
+    assert train.num_media["image"] == len(train[0].images) == 1
+    assert "image" in train.media_in_every_row
     assert len(train[0].input_ids) == 20
 
 
@@ -194,7 +194,7 @@ def test_a_row_with_images_is_tokenized_once(run, monkeypatch):
 def test_the_check_decodes_no_image(run, monkeypatch):
     monkeypatch.setattr(ImageEncoder, "encode", lambda *a: pytest.fail("decoded"))
     train, _ = run("bundled:digits/heldout.parquet", max_rows=20)
-    assert train.num_images > 0
+    assert train.num_media["image"] > 0
 
 
 def test_batches_pad_with_the_tokenizers_token(run, rows, write_jsonl):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from gemtune.data.batching.features import media_inputs
+from gemtune.data.media.encoders import MEDIA
 from gemtune.data.rendering.chat import IGNORE_INDEX, Example
-
-TEXT, IMAGE = 0, 1
 
 
 @dataclass
@@ -18,9 +18,8 @@ class Batch:
     """Model inputs of one micro-batch, and what the loop has to know of them.
 
     `inputs`: input_ids, mm_token_type_ids and attention_mask (packed: position_ids in its place)
-    [B, S] int64; with images also
-    pixel_values [N, P, 3 * patch**2] float32 and image_position_ids [N, P, 2] int64, padded to the
-    largest image of the batch only. `labels` [B, S] int64.
+    [B, S] int64, and those of `media_inputs` for the media that the rows have. `labels` [B, S]
+    int64.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -43,9 +42,17 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Example], *, pad_id: int, image_id: int, padding_side: str = "right"
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    soft_ids: Mapping[str, int],
+    padding_side: str = "right",
 ) -> Batch:
-    """Pad to the longest row of the batch ("left" for generation)."""
+    """Pad to the longest row of the batch ("left" for generation).
+
+    Args:
+        soft_ids: kind of media -> the token that stands for one of its soft tokens.
+    """
     shape = (len(examples), max(len(e.input_ids) for e in examples))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
@@ -56,10 +63,12 @@ def collate(
         input_ids[row, place] = example.input_ids
         labels[row, place] = example.labels
         attention_mask[row, place] = 1
-    return _batch(examples, input_ids, labels, image_id, attention_mask=attention_mask)
+    return _batch(examples, input_ids, labels, soft_ids, attention_mask=attention_mask)
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], *, pad_id: int, image_id: int) -> Batch:
+def collate_packed(
+    rows: Sequence[Sequence[Example]], *, pad_id: int, soft_ids: Mapping[str, int]
+) -> Batch:
     """Documents of a row one after another, each with positions from 0; padded to the longest row.
 
     There is no attention mask, because one of ones would join the documents: they are told apart
@@ -81,23 +90,27 @@ def collate_packed(rows: Sequence[Sequence[Example]], *, pad_id: int, image_id: 
             start = place.stop
         position_ids[number, start:] = np.arange(shape[1] - start)
     examples = [example for row in rows for example in row]
-    return _batch(examples, input_ids, labels, image_id, position_ids=position_ids)
+    return _batch(examples, input_ids, labels, soft_ids, position_ids=position_ids)
 
 
 def _batch(
     examples: Sequence[Example],
     input_ids: np.ndarray,
     labels: np.ndarray,
-    image_id: int,
+    soft_ids: Mapping[str, int],
     **others: np.ndarray,
 ) -> Batch:
     """The arrays as tensors, with what follows from them and from the examples' media."""
+    kinds = np.zeros_like(input_ids)  # 0 is text
+    for number, kind in enumerate(MEDIA, start=1):
+        if kind in soft_ids:
+            kinds[input_ids == soft_ids[kind]] = number
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         **{name: torch.from_numpy(values) for name, values in others.items()},
         # Without it the larger sizes silently turn causal inside images (transformers#45222).
-        "mm_token_type_ids": torch.from_numpy(np.where(input_ids == image_id, IMAGE, TEXT)),
-        **_image_inputs(examples),
+        "mm_token_type_ids": torch.from_numpy(kinds),
+        **media_inputs(examples),
     }
     return Batch(
         inputs,
@@ -106,20 +119,3 @@ def _batch(
         sum(example.num_supervised_tokens for example in examples),
         [example.where for example in examples],
     )
-
-
-def _image_inputs(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """All images in the order of their placeholders; nothing where there is none."""
-    images = [image for example in examples for image in example.images]
-    if not images:
-        return {}
-    num_patches = max(len(image.pixels) for image in images)
-    pixels = np.zeros((len(images), num_patches, images[0].pixels.shape[1]), dtype=np.float32)
-    positions = np.full((len(images), num_patches, 2), -1, dtype=np.int64)
-    for i, image in enumerate(images):
-        pixels[i, : len(image.pixels)] = image.pixels
-        positions[i, : len(image.positions)] = image.positions
-    return {
-        "pixel_values": torch.from_numpy(pixels),
-        "image_position_ids": torch.from_numpy(positions),
-    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import wave
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +12,6 @@ from typing import Any, BinaryIO
 from gemtune.data.media.fetching import FetchLimits, fetch
 from gemtune.errors import DataError
 
-AUDIO_RATE_HZ = 16_000
 _URL_SCHEMES = ("http://", "https://")
 
 
@@ -25,30 +23,12 @@ class MediaPolicy:
     max_image_pixels: int = 50_000_000
     max_media_bytes: int = 200_000_000
     """Of one file, before anything in it is decoded."""
-    max_audio_seconds: float = 30.0
+    max_video_seconds: float = 300.0
+    max_video_frames: int = 20_000
+    """Of the file; few of them are used, but those before them are decoded too."""
     verify_images: bool = False
-    """Decode an image when it is opened, not when a batch needs it."""
+    """Decode a medium when it is opened, not when a batch needs it."""
     fetch: FetchLimits = field(default_factory=FetchLimits)
-
-
-@dataclass(frozen=True)
-class MediaFile:
-    """A medium that was found and measured, not decoded: its bytes, or the path they stand at."""
-
-    kind: str
-    """video or audio."""
-    data: bytes | None
-    path: Path | None
-    seconds: float | None = None
-    """Its length, where the header says it (audio)."""
-    rate_hz: int | None = None
-
-    def read(self) -> bytes:
-        """Its bytes."""
-        if self.data is not None:
-            return self.data
-        assert self.path is not None
-        return self.path.read_bytes()
 
 
 def bytes_or_path(medium: Any, kind: str, where: str) -> bytes | str:
@@ -97,7 +77,17 @@ def open_medium(
     return file
 
 
-def _open_inside(path: str, kind: str, where: str, root: Path | None) -> BinaryIO:
+def path_of(file: BinaryIO) -> Path:
+    """Where a file that is open lies, whatever has become of the name it was opened by."""
+    return Path(os.path.realpath(f"/proc/self/fd/{file.fileno()}"))
+
+
+def real_path(path: str, kind: str, where: str, root: Path | None) -> str:
+    """Where a path leads to, once it is known to be inside `root`.
+
+    Raises:
+        DataError: beginning with `where`.
+    """
     if root is None:
         raise DataError(
             f"{where}: {kind} paths are read below data.media_root only, and it is not set "
@@ -117,16 +107,19 @@ def _open_inside(path: str, kind: str, where: str, root: Path | None) -> BinaryI
             f"{where}: {kind} {path!r}{leads} is outside of {real_root}. Move it inside, or set "
             "data.media_root to a folder that holds all of them."
         )
+    return real
+
+
+def _open_inside(path: str, kind: str, where: str, root: Path | None) -> BinaryIO:
+    real = real_path(path, kind, where, root)
     try:
         # Not through a link put there since, and not waiting for the writer of a pipe.
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise DataError(
-            f"{where}: {kind} file {named} cannot be read: {error.strerror}."
-        ) from error
+        raise DataError(f"{where}: {kind} file {real} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DataError(f"{where}: {named} is not a regular file.")
+        raise DataError(f"{where}: {real} is not a regular file.")
     return os.fdopen(descriptor, "rb")
 
 
@@ -135,46 +128,4 @@ def _check_size(size_bytes: int, kind: str, where: str, policy: MediaPolicy) -> 
         raise DataError(
             f"{where}: the {kind} has {size_bytes:,} bytes; data.max_media_bytes="
             f"{policy.max_media_bytes:,} are allowed. Make it smaller, or raise the limit."
-        )
-
-
-def refer(kind: str, medium: Any, where: str, root: Path | None, policy: MediaPolicy) -> MediaFile:
-    """A video or audio as a reference, its size and (audio) its rate and length checked.
-
-    Audio must be WAV at 16 kHz: no other header is read here, and resampling is not ours to guess.
-    """
-    if kind == "audio" and isinstance(medium, dict) and medium.get("sampling_rate") is not None:
-        _check_rate(medium["sampling_rate"], where)
-    given = bytes_or_path(medium, kind, where)
-    with open_medium(given, kind, where, root, policy) as file:
-        path = None
-        if isinstance(given, str) and "://" not in given:
-            path = Path(os.path.realpath(f"/proc/self/fd/{file.fileno()}"))
-        data = None if path is not None else file.read()
-        if kind != "audio":
-            return MediaFile(kind, data, path)
-        source = file if data is None else io.BytesIO(data)
-        try:
-            with wave.open(source) as header:
-                rate, frames = header.getframerate(), header.getnframes()
-        except Exception as error:  # wave.Error, EOFError, struct.error: all the same to the row
-            raise DataError(
-                f"{where}: not a WAV file that can be read ({error or type(error).__name__}). "
-                f"Convert it: ffmpeg -i FILE -ac 1 -ar {AUDIO_RATE_HZ} NEW.wav"
-            ) from error
-    _check_rate(rate, where)
-    seconds = frames / rate
-    if seconds > policy.max_audio_seconds:
-        raise DataError(
-            f"{where}: the audio takes {seconds:.1f} s; Gemma 4 hears at most "
-            f"{policy.max_audio_seconds:g} s. Cut it."
-        )
-    return MediaFile(kind, data, path, seconds, rate)
-
-
-def _check_rate(rate: Any, where: str) -> None:
-    if rate != AUDIO_RATE_HZ:
-        raise DataError(
-            f"{where}: the audio has {rate} samples a second; {AUDIO_RATE_HZ} are needed. Resample "
-            f"it: ffmpeg -i FILE -ac 1 -ar {AUDIO_RATE_HZ} NEW.wav"
         )

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from gemtune.data.media.files import MediaFile, MediaPolicy, bytes_or_path, open_medium, refer
+from gemtune.data.media.files import MediaPolicy, bytes_or_path, open_medium
 from gemtune.errors import DataError
 
 # What data may be decoded by. Pillow knows more, and among them some that run programs (EPS), hold
@@ -85,15 +85,8 @@ class ImageEncoder:
                 "Make it smaller, or raise the limit."
             )
         if self.policy.verify_images:
-            _load(opened, where)
+            load(opened, where)
         return opened
-
-    def refer(
-        self, kind: str, medium: Any, where: str, media_root: Path | None = None
-    ) -> MediaFile:
-        """A video or an audio, found and measured by its header, not decoded."""
-        root = media_root if media_root is not None else self.media_root
-        return refer(kind, medium, where, root, self.policy)
 
     def _header(self, file: BinaryIO, where: str) -> Image.Image:
         try:
@@ -119,7 +112,11 @@ class ImageEncoder:
         Its orientation is not asked for: both sides are treated alike, so that turning an image
         does not change the count, and for a PNG every pixel would be decoded to find it.
         """
-        width, height = self._fit(*image.size)
+        return self.num_soft_tokens_of(*image.size)
+
+    def num_soft_tokens_of(self, width: int, height: int) -> int:
+        """The same of a size."""
+        width, height = self._fit(width, height)
         return (width // self._grid) * (height // self._grid)
 
     def encode(self, image: Image.Image, where: str) -> EncodedImage:
@@ -171,14 +168,15 @@ def _formats() -> tuple[str, ...]:
 
 def _upright(image: Image.Image, where: str) -> Image.Image:
     """Decoded, with its EXIF orientation applied."""
-    _load(image, where)
+    load(image, where)
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF says nothing of how the image lies
         return image
 
 
-def _load(image: Image.Image, where: str) -> None:
+def load(image: Image.Image, where: str) -> None:
+    """Decode it. Raises DataError if it is damaged."""
     num_pixels = math.prod(image.size)
     try:
         image.load()

@@ -33,9 +33,12 @@ def preparation_key(source: Source, encoder: ChatEncoder) -> str | None:
         "rendering": dataclasses.asdict(encoder.rendering),
         "max_length": encoder.max_length,
         "truncate": encoder.truncate,
-        "images": _image_options(encoder.images.processor),
-        "media": dataclasses.asdict(encoder.images.policy),
-        "media_root": str(encoder.images.media_root),
+        "images": encoder.media.image.processor.to_dict(),
+        "videos": None if encoder.media.video is None else encoder.media.video.options,
+        "audios": None if encoder.media.audio is None else encoder.media.audio.options,
+        "refusals": dict(encoder.media.refusals),
+        "media": dataclasses.asdict(encoder.media.image.policy),
+        "media_root": str(encoder.media.image.media_root),
         "versions": [gemtune.__version__, jinja2.__version__, tokenizers.__version__],
         "code": code_digest(),
     }
@@ -74,13 +77,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Of everything that decides its ids."""
     text = tokenizer.backend_tokenizer.to_str()
     digest = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
-    names = [tokenizer.boi_token, tokenizer.image_token, tokenizer.eoi_token, tokenizer.bos_token]
+    names = [
+        getattr(tokenizer, f"{name}_token", None)
+        for name in ("boi", "image", "eoi", "bos", "boa", "audio", "eoa")
+    ]
     digest.update(repr(names).encode())
     return digest.hexdigest()
-
-
-def _image_options(processor: Any) -> str:
-    return json.dumps(processor.to_dict(), sort_keys=True, default=str)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gemtune.data.media.encoders import MEDIA
 from gemtune.data.rendering.fitting import EncodedText
 from gemtune.errors import DataError
 
@@ -20,8 +21,8 @@ _SCHEMA = pa.schema(
         # Begin and end of each learned stretch, one after another.
         ("runs", pa.list_(pa.int32())),
         ("supervised", pa.int32()),
-        ("first_image", pa.int32()),
-        ("num_images", pa.int32()),
+        # Of each kind, the media cut away before those that the row has, and how many these are.
+        *((f"{what}_{kind}", pa.int32()) for kind in MEDIA for what in ("first", "num")),
         # Why the row cannot be learned from; null for a good one.
         ("reason", pa.string()),
     ]
@@ -34,15 +35,21 @@ def to_batch(rows: Sequence[EncodedText | DataError]) -> pa.RecordBatch:
     columns = [
         _lists([[] if row is None else row.ids for row in good]),
         _lists([[] if row is None else [e for run in row.runs for e in run] for row in good]),
+        pa.array([0 if row is None else row.num_supervised_tokens for row in good], pa.int32()),
         *(
-            pa.array([0 if row is None else getattr(row, name) for row in good], pa.int32())
-            for name in ("num_supervised_tokens", "first_image", "num_images")
+            pa.array([0 if row is None else count(row, kind) for row in good], pa.int32())
+            for kind in MEDIA
+            for count in (_cut_before, EncodedText.num_media)
         ),
         pa.array([_storable(str(r)) if isinstance(r, DataError) else None for r in rows]).cast(
             pa.string()
         ),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _cut_before(row: EncodedText, kind: str) -> int:
+    return row.cut_before.get(kind, 0)
 
 
 def _storable(text: str) -> str:
@@ -97,7 +104,7 @@ class PreparedRows:
         self._paths = list(paths)
         self._batches = list(batches)
         self._size = batches[0].num_rows if batches else 1
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in _SCHEMA.names[2:5]}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in _SCHEMA.names[2:-1]}
         lengths, bad = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=bool)]
         self._ids: list[tuple[np.ndarray, np.ndarray]] = []
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -112,9 +119,11 @@ class PreparedRows:
         """[N] tokens; 0 for a bad row."""
         self.is_bad = np.concatenate(bad)
         nothing = np.zeros(0, dtype=np.int32)
-        self.num_supervised_tokens, self.first_image, self.num_images = (
-            np.concatenate([nothing, *values]) for values in columns.values()
-        )
+        found = {name: np.concatenate([nothing, *each]) for name, each in columns.items()}
+        self.num_supervised_tokens = found["supervised"]
+        self.first_media = {kind: found[f"first_{kind}"] for kind in MEDIA}
+        self.num_media = {kind: found[f"num_{kind}"] for kind in MEDIA}
+        """Of each kind [N] media of each row, and how many of the source's were cut before them."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -126,6 +135,11 @@ class PreparedRows:
     def runs(self, row: int) -> np.ndarray:
         """[R, 2] begin and end of each learned stretch."""
         return _row(self._runs[row // self._size], row % self._size).reshape(-1, 2)
+
+    def kept_media(self, row: int) -> dict[str, tuple[int, int]]:
+        """Of each kind (first, how many) of the source row's media; empty where it has none."""
+        kept = {k: (int(self.first_media[k][row]), int(self.num_media[k][row])) for k in MEDIA}
+        return kept if any(count for _, count in kept.values()) else {}
 
     def reason(self, row: int) -> str:
         """Why a bad row is one, beginning with its place."""

@@ -8,15 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from gemtune.data.media.audio import EncodedAudio
+from gemtune.data.media.encoders import MEDIA, Encoders
 from gemtune.data.media.images import EncodedImage, ImageEncoder
+from gemtune.data.media.videos import EncodedVideo
 from gemtune.data.rendering.control_tokens import ControlTokens
-from gemtune.data.rendering.conversation import Conversation, ConversationReader
+from gemtune.data.rendering.conversation import MEDIA_COLUMNS, Conversation, ConversationReader
 from gemtune.data.rendering.fitting import EncodedText, Fitter, labels_of
 from gemtune.data.rendering.learning import LearnedMessages, refuse_unread_keys
 from gemtune.data.rendering.leaves import plain_shape_key, read_shape
-from gemtune.data.rendering.plans import Plan, assemble, filled, make_plan, texts_to_encode
+from gemtune.data.rendering.placeholders import Placeholders
+from gemtune.data.rendering.plans import (
+    MediumIds,
+    Plan,
+    assemble,
+    filled,
+    make_plan,
+    texts_to_encode,
+)
 from gemtune.data.rendering.reasoning import has_reasoning, lift_reasoning
 from gemtune.data.rendering.spans import (
     MODEL_TURN,
@@ -31,20 +41,22 @@ from gemtune.errors import DataError
 
 IGNORE_INDEX = -100
 
-_ACCEPTS = ("image", "tools", "reasoning", "weights")
+_ACCEPTS = ("tools", "reasoning", "weights")
 # Shapes of conversations that are remembered: with tools there may be one for each row.
 _MAX_PLANS = 4096
 
 
 @dataclass
 class Example:
-    """One row as model inputs: two [S] integer arrays, and its images in order."""
+    """One row as model inputs: two [S] integer arrays, and its media in order."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     """The ids where they are learned, -100 elsewhere; not shifted."""
     images: list[EncodedImage] = field(default_factory=list)
     where: str = ""
+    videos: list[EncodedVideo] = field(default_factory=list)
+    audios: list[EncodedAudio] = field(default_factory=list)
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -69,7 +81,7 @@ class Rendering:
 
 
 class ChatEncoder:
-    """Rows with `messages` (and `images`, `tools`) -> `Example`.
+    """Rows with `messages` (and `images`, `videos`, `audios`, `tools`) -> `Example`.
 
     The whole conversation is rendered once and the spans to learn are found in the result from
     its turn tokens. Rendering prompt and answer apart and subtracting would be wrong: on the larger
@@ -79,23 +91,23 @@ class ChatEncoder:
 
     Args:
         tokenizer: with the Gemma 4 special tokens and a chat template.
-        images: encoder for this row's images.
-        max_length: tokens of a row, image tokens included.
-        truncate: "none" (a longer row is refused), "right" or "left" (text is cut; an image never).
+        media: the encoders of a row's media; or that of images, where nothing else is taken.
+        max_length: tokens of a row, those of media included.
+        truncate: "none" (a longer row is refused), "right" or "left" (text is cut; a medium never).
         rendering: what is learned, and how.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        images: ImageEncoder,
+        media: Encoders | ImageEncoder,
         *,
         max_length: int,
         truncate: str = "none",
         rendering: Rendering | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.images = images
+        self.media = media if isinstance(media, Encoders) else Encoders(media)
         self.max_length = max_length
         self.truncate = truncate
         self.rendering = rendering or Rendering()
@@ -108,10 +120,8 @@ class ChatEncoder:
         self.control = ControlTokens(tokenizer, source)
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self._template = ChatTemplate(source, self.control.pattern, special)
-        self._reader = ConversationReader(tokenizer, images, _ACCEPTS, control_tokens="text")
-        self._boi_id, self._image_id, self._eoi_id = tokenizer.convert_tokens_to_ids(
-            [tokenizer.boi_token, tokenizer.image_token, tokenizer.eoi_token]
-        )
+        self._reader = ConversationReader(tokenizer, self.media, _ACCEPTS, control_tokens="text")
+        self.placeholders = Placeholders(tokenizer, self.media, self.control)
         turn, turn_end = tokenizer.convert_tokens_to_ids(["<|turn>", TURN_END])
         self._fitter = Fitter(
             max_length,
@@ -119,7 +129,6 @@ class ChatEncoder:
             turn=turn,
             turn_end=turn_end,
             user=self.control.encode(["user\n"])[0],
-            media={self._boi_id: self._eoi_id},
         )
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._prefixes: dict[bool, str] = {False: self._find_answer_prefix(False)}
@@ -127,13 +136,13 @@ class ChatEncoder:
     def encode_rows(
         self, rows: Sequence[tuple[dict[str, Any] | DataError, str]]
     ) -> list[EncodedText | DataError]:
-        """Ids and what is learned of each (row, place): images are measured, not decoded.
+        """Ids and what is learned of each (row, place): media are measured, not decoded.
 
         One call of the tokenizer for all of them. A row that cannot be learned from has its error,
         beginning with its place, in its place; and so has one that is given as an error.
         """
         results: list[Any] = [row if isinstance(row, DataError) else None for row, _ in rows]
-        waiting: list[tuple[int, Plan, list[list[int]], frozenset[int] | None, int]] = []
+        waiting: list[tuple[int, Plan, dict[str, list[MediumIds]], frozenset[int] | None, int]] = []
         texts: list[str] = []
         for number, (row, where) in enumerate(rows):
             if isinstance(row, DataError):
@@ -141,28 +150,30 @@ class ChatEncoder:
             try:
                 conversation = self._read(row, where)
                 plan, own, learned = self._plan(conversation)
-                # Not the images themselves: each may be an open file.
-                pictures = list(map(self._image_ids, conversation.images))
+                # Not the media themselves: each may be an open file.
+                media = self.placeholders.of(conversation)
             except DataError as error:
                 results[number] = error
                 continue
-            new = texts_to_encode(plan, own)
-            waiting.append((number, plan, pictures, learned, len(new)))
+            new = texts_to_encode(plan, own, media["video"])
+            waiting.append((number, plan, media, learned, len(new)))
             texts += new
         encoded = self.control.encode(texts)
         at = 0
-        for number, plan, pictures, learned, count in waiting:
+        for number, plan, media, learned, count in waiting:
             where = rows[number][1]
             try:
-                ids, runs = assemble(plan, encoded[at : at + count], pictures, learned, where)
-                results[number] = self._fit(EncodedText(ids, runs, where, len(pictures)))
+                ids, runs, spans = assemble(plan, encoded[at : at + count], media, learned, where)
+                results[number] = self._fit(EncodedText(ids, runs, where, spans))
             except DataError as error:
                 results[number] = error
             at += count
         return results
 
-    def encode_text(self, row: dict[str, Any], where: str) -> tuple[Example, list[Image.Image]]:
-        """Ids and labels, with the images opened but not decoded.
+    def encode_text(
+        self, row: dict[str, Any], where: str
+    ) -> tuple[Example, dict[str, tuple[int, int]]]:
+        """Ids and labels, and which media of the row belong to them: kind -> (first, how many).
 
         Raises:
             DataError: naming the row, for anything that cannot be learned from.
@@ -172,26 +183,32 @@ class ChatEncoder:
             raise result
         ids = np.array(result.ids, dtype=np.int32)
         example = Example(ids, labels_of(ids, result.runs, IGNORE_INDEX), where=where)
-        if not result.num_images:
-            return example, []
-        images = self.images_of(row, where)
-        return example, images[result.first_image : result.first_image + result.num_images]
+        if not result.media:
+            return example, {}
+        return example, {k: (result.cut_before.get(k, 0), result.num_media(k)) for k in MEDIA}
 
-    def images_of(self, row: dict[str, Any], where: str) -> list[Image.Image]:
-        """All images of a row, opened and not decoded."""
-        return self._reader.read(row, where).images
+    def media_of(self, row: dict[str, Any], where: str) -> dict[str, list[Any]]:
+        """All media of a row by kind, measured and not decoded."""
+        return self._reader.read(row, where).media
 
     def encode(self, row: dict[str, Any], where: str) -> Example:
-        """The row as a training example, images decoded."""
-        example, images = self.encode_text(row, where)
-        return self._decode(example, images)
+        """The row as a training example, media decoded."""
+        example, kept = self.encode_text(row, where)
+        return self.add_media(example, row, kept) if kept else example
 
-    def add_images(
-        self, example: Example, row: dict[str, Any], num_images: int, first_image: int = 0
+    def add_media(
+        self, example: Example, row: dict[str, Any], kept: dict[str, tuple[int, int]]
     ) -> Example:
-        """Decode the images of the row that the example's ids were made from."""
-        images = self.images_of(row, example.where)
-        return self._decode(example, images[first_image : first_image + num_images])
+        """Decode the media of the row that the example's ids were made from.
+
+        Args:
+            kept: kind -> (first, how many) of the row's.
+        """
+        media = self.media_of(row, example.where)
+        return self._decode(
+            example,
+            {kind: media[kind][first : first + count] for kind, (first, count) in kept.items()},
+        )
 
     def encode_prompt(self, row: dict[str, Any], where: str) -> tuple[Example, str]:
         """Everything before the last assistant message, ready to generate, and that message."""
@@ -208,14 +225,13 @@ class ChatEncoder:
             shape, texts, where, add_generation_prompt=True, enable_thinking=thinks
         )
         pieces = [Piece(rendered.atoms, None)]
-        plan = make_plan(pieces, self.control, self.tokenizer.image_token, None)
-        encoded = self.control.encode(texts_to_encode(plan, texts))
-        ids, _ = assemble(
-            plan, encoded, list(map(self._image_ids, prompt.images)), frozenset(), where
-        )
+        plan = make_plan(pieces, self.control, self.placeholders.kinds)
+        media = self.placeholders.of(prompt)
+        encoded = self.control.encode(texts_to_encode(plan, texts, media["video"]))
+        ids, _, _ = assemble(plan, encoded, media, frozenset(), where)
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         example = Example(np.array(ids, dtype=np.int32), labels, where=where)
-        return self._decode(example, prompt.images), reference
+        return self._decode(example, prompt.media), reference
 
     def _read(self, row: dict[str, Any], where: str) -> Conversation:
         conversation = self._reader.read(row, where)
@@ -260,7 +276,7 @@ class ChatEncoder:
                 self._rules(thinks),
                 conversation.where,
             )
-            plan = make_plan(pieces, self.control, self.tokenizer.image_token, None)
+            plan = make_plan(pieces, self.control, self.placeholders.kinds)
             if is_traced:
                 self._plans[(key, thinks)] = plan
                 if len(self._plans) > _MAX_PLANS:
@@ -301,11 +317,6 @@ class ChatEncoder:
             )
         return suffix
 
-    def _image_ids(self, image: Image.Image) -> list[int]:
-        """Begin, one token for each soft token of the image, end."""
-        count = self.images.num_soft_tokens(image)
-        return [self._boi_id, *[self._image_id] * count, self._eoi_id]
-
     def _fit(self, text: EncodedText) -> EncodedText:
         """Refuse or cut a row that is too long; refuse one without a label."""
         fitted = self._fitter.fit(text)
@@ -316,16 +327,20 @@ class ChatEncoder:
             )
         return fitted
 
-    def _decode(self, example: Example, images: list[Image.Image]) -> Example:
-        """The example with its images as patches."""
-        example.images = [self.images.encode(image, example.where) for image in images]
-        # The count was made from the header; the file may have changed since.
-        num_expected = int((example.input_ids == self._image_id).sum())
-        num_found = sum(image.num_soft_tokens for image in example.images)
-        if num_found != num_expected:
-            raise DataError(
-                f"{example.where}: its images take {num_found} tokens where {num_expected} were "
-                "counted when the row was checked. Was a file changed? Then prepare the data again "
-                "with data.prepared=refresh."
-            )
+    def _decode(self, example: Example, media: dict[str, list[Any]]) -> Example:
+        """The example with its media as patches and features."""
+        for kind, column in MEDIA_COLUMNS.items():
+            given = media.get(kind, [])
+            encoded = [getattr(self.media, kind).encode(m, example.where) for m in given]
+            # The count was made from the header; the file may have changed since.
+            token = self.placeholders.soft_ids.get(kind)
+            num_expected = 0 if token is None else int((example.input_ids == token).sum())
+            num_found = sum(medium.num_soft_tokens for medium in encoded)
+            if num_found != num_expected:
+                raise DataError(
+                    f"{example.where}: its {column} take {num_found} tokens where {num_expected} "
+                    "were counted when the row was checked. Was a file changed? Then prepare the "
+                    "data again with data.prepared=refresh."
+                )
+            setattr(example, column, encoded)
         return example

@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from gemtune.data.media.images import ImageEncoder, MediaFile
+from gemtune.data.media.audio import AudioClip
+from gemtune.data.media.encoders import MEDIA, Encoders
+from gemtune.data.media.videos import Video
 from gemtune.data.rendering.messages import (
     ROLES,
     content_parts,
@@ -21,7 +23,6 @@ from gemtune.data.rendering.messages import (
 )
 from gemtune.errors import DataError
 
-MEDIA = ("image", "video", "audio")
 # Column of the row that holds the media of each kind, in the order of their parts.
 MEDIA_COLUMNS = {"image": "images", "video": "videos", "audio": "audios"}
 # What a message may carry beside its text. Leaving it out unsaid would train a model that never
@@ -52,10 +53,16 @@ class Conversation:
     where: str
     tools: list[dict[str, Any]] = field(default_factory=list)
     """Declarations of the functions that may be called, as the row has them."""
-    videos: list[MediaFile] = field(default_factory=list)
-    audios: list[MediaFile] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
+    audios: list[AudioClip] = field(default_factory=list)
+    """Found and measured, not decoded."""
     num_prompt_messages: int = 0
     """Of a prompt/completion row: how many messages the prompt is. Otherwise 0."""
+
+    @property
+    def media(self) -> dict[str, list[Any]]:
+        """Those of each kind."""
+        return {kind: getattr(self, column) for kind, column in MEDIA_COLUMNS.items()}
 
     def before_last_answer(self) -> Conversation:
         """What the model is given to write its last message."""
@@ -82,9 +89,9 @@ class ConversationReader:
 
     Args:
         tokenizer: its special tokens are looked for in the text.
-        images: opens the media.
-        accepts: what the caller can render and encode, of image, video, audio, tools, reasoning and
-            weights; a row with anything else is refused, never read in part.
+        media: opens the media; a row with a kind that it does not take is refused.
+        accepts: what else the caller can render, of tools, reasoning and weights; a row with
+            anything else is refused, never read in part.
         control_tokens: "refuse" a text with a control token in it, or pass it through as "text".
             "text" is for a caller that tokenizes such a text without reading the token in it.
     """
@@ -92,12 +99,12 @@ class ConversationReader:
     def __init__(
         self,
         tokenizer: Any,
-        images: ImageEncoder,
-        accepts: Iterable[str] = ("image",),
+        media: Encoders,
+        accepts: Iterable[str] = (),
         control_tokens: str = "refuse",
     ) -> None:
-        self._images = images
-        self._accepts = frozenset(accepts)
+        self._media = media
+        self._accepts = frozenset((*media.kinds, *accepts))
         self._refuses_control_tokens = control_tokens == "refuse"
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         longest_first = sorted(special, key=len, reverse=True)
@@ -112,7 +119,7 @@ class ConversationReader:
             raise DataError(f"{where}: 'messages' must be a list with at least one message.")
         if row.get("tools") and "tools" not in self._accepts:
             raise DataError(f"{where}: 'tools' are not read yet. Leave such rows out.")
-        media = _MediaOfRow(self._images, row, where)
+        media = _MediaOfRow(self._media, row, where)
         messages: list[dict[str, Any]] = []
         for number, message in enumerate(given, start=1):
             role = self._role(message, number, messages, where)
@@ -199,7 +206,7 @@ class ConversationReader:
                 raise DataError(f"{where}: the assistant message is empty.")
             return [{"type": "text", "text": content}], []
         parts, texts, thoughts = [], [], []
-        for kind, value in content_parts(content, role, where, self._accepts):
+        for kind, value in content_parts(content, role, where, self._accepts, self._media.refusals):
             if kind == "text":
                 parts.append({"type": "text", "text": value})
                 texts.append(value.strip())
@@ -263,7 +270,7 @@ def _may_follow(before: list[dict[str, Any]]) -> tuple[str, ...]:
 class _MediaOfRow:
     """Hands media to the parts of a row: what a part names itself, else the next of a column."""
 
-    def __init__(self, files: ImageEncoder, row: dict[str, Any], where: str) -> None:
+    def __init__(self, files: Encoders, row: dict[str, Any], where: str) -> None:
         self._files = files
         self._where = where
         # Set by the source where several roots meet in one run, never by the data.
@@ -287,10 +294,7 @@ class _MediaOfRow:
                 f"{self._num_given[kind]} {kind}s given in '{MEDIA_COLUMNS[kind]}'."
             )
         given = inline if inline is not None else pending.pop(0)
-        if kind == "image":
-            self.opened[kind].append(self._files.open(given, self._where, self._root))
-        else:
-            self.opened[kind].append(self._files.refer(kind, given, self._where, self._root))
+        self.opened[kind].append(self._files.open(kind, given, self._where, self._root))
 
     def check_all_used(self) -> None:
         for kind, pending in self._pending.items():

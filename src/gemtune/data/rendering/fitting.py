@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from gemtune.data.rendering.plans import Span
 from gemtune.errors import DataError
 
 
 @dataclass
 class EncodedText:
-    """Ids of a row, the stretches that are learned, and which of its images it still has."""
+    """Ids of a row, the stretches that are learned, and which of its media it still has."""
 
     ids: list[int]
     runs: list[tuple[int, int]]
     """Begin and end of each learned stretch, in order."""
     where: str
-    num_images: int = 0
-    first_image: int = 0
-    """Images before it were cut away."""
+    media: list[Span] = field(default_factory=list)
+    """In order; none is cut through."""
+    cut_before: Mapping[str, int] = field(default_factory=dict)
+    """Of each kind, how many media before them were cut away."""
+
+    def num_media(self, kind: str) -> int:
+        return sum(span.kind == kind for span in self.media)
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -36,6 +41,9 @@ def labels_of(ids: np.ndarray, runs: Iterable[Sequence[int]], ignored: int) -> n
     return labels
 
 
+MEDIA_NAMES = {"image": "an image", "video": "a video", "audio": "an audio"}
+
+
 class Fitter:
     """Cuts rows to `max_length` tokens.
 
@@ -45,7 +53,6 @@ class Fitter:
             enough the beginning of that turn's text; the system turn stays.
         turn, turn_end: ids of `<|turn>` and `<turn|>`.
         user: the ids that follow `<|turn>` in the header of a user's turn.
-        media: ids that begin a run of media tokens -> ids that end it.
     """
 
     def __init__(
@@ -56,13 +63,11 @@ class Fitter:
         turn: int,
         turn_end: int,
         user: list[int],
-        media: dict[int, int],
     ) -> None:
         self.max_length = max_length
         self.truncate = truncate
         self._turn, self._turn_end = turn, turn_end
         self._user = user
-        self._media = media
 
     def fit(self, text: EncodedText) -> EncodedText:
         """The row, cut if need be.
@@ -110,27 +115,32 @@ class Fitter:
                 "rows out with data.on_bad_row=skip."
             )
         shorter = self._without(text, begin, begin + excess)
-        if shorter.num_images < text.num_images:
+        if len(shorter.media) < len(text.media):
+            kind = next(k for k in MEDIA_NAMES if shorter.num_media(k) < text.num_media(k))
             raise DataError(
-                f"{text.where}: data.max_length={self.max_length} would cut an image out of the "
-                "question to its last answer. Raise it, or leave such rows out with "
+                f"{text.where}: data.max_length={self.max_length} would cut {MEDIA_NAMES[kind]} "
+                "out of the question to its last answer. Raise it, or leave such rows out with "
                 "data.on_bad_row=skip."
             )
         return shorter
 
     def _without(self, text: EncodedText, begin: int, end: int) -> EncodedText:
         """Tokens [begin, end) cut out."""
-        cut_images = 0
-        for first, last in self._media_runs(text):
-            if begin <= first and last < end:
-                cut_images += 1
-            elif first < end and last >= begin:
+        kept, cut_before = [], dict(text.cut_before)
+        for span in text.media:
+            if begin <= span.begin and span.end <= end:
+                if end < len(text.ids):
+                    cut_before[span.kind] = cut_before.get(span.kind, 0) + 1
+            elif span.begin < end and span.end > begin:
+                needed = span.end if self.truncate == "right" else len(text.ids)
                 raise DataError(
-                    f"{text.where}: data.max_length={self.max_length} cuts through an image "
-                    f"(tokens {first} to {last}). Raise it to at least "
-                    f"{last + 1 if self.truncate == 'right' else len(text.ids)}, or leave such "
-                    "rows out with data.on_bad_row=skip."
+                    f"{text.where}: data.max_length={self.max_length} cuts through "
+                    f"{MEDIA_NAMES[span.kind]} (tokens {span.begin} to {span.end - 1}). Raise it "
+                    f"to at least {needed}, or leave such rows out with data.on_bad_row=skip."
                 )
+            else:
+                moved_by = end - begin if span.begin >= end else 0
+                kept.append(Span(span.kind, span.begin - moved_by, span.end - moved_by))
 
         def moved(place: int) -> int:
             return place if place <= begin else max(place - (end - begin), begin)
@@ -140,15 +150,6 @@ class Fitter:
             text.ids[:begin] + text.ids[end:],
             [(first, last) for first, last in runs if last > first],
             text.where,
-            text.num_images - cut_images,
-            text.first_image + (cut_images if end < len(text.ids) else 0),
+            kept,
+            cut_before,
         )
-
-    def _media_runs(self, text: EncodedText) -> list[tuple[int, int]]:
-        """(first, last) token of every medium, its begin and end tokens with it."""
-        ids = np.array(text.ids)
-        runs: list[tuple[int, int]] = []
-        for begin, end in self._media.items():
-            firsts, lasts = np.flatnonzero(ids == begin), np.flatnonzero(ids == end)
-            runs += list(zip(firsts.tolist(), lasts.tolist(), strict=True))
-        return sorted(runs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from gemtune.errors import DataError
@@ -14,17 +15,26 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 # Where a part itself may say what its medium is, the first that is given; else a column does.
 _INLINE = {
     "image": ("image", "path", "url", "image_url", "bytes"),
-    "video": ("video", "path", "url", "video_url", "bytes"),
+    "video": ("video", "frames", "path", "url", "video_url", "bytes"),
     "audio": ("audio", "path", "url", "audio_url", "bytes"),
 }
+# What a part says of its medium beside it.
+_WITH_INLINE = {"video": ("fps", "timestamps"), "audio": ("sampling_rate",)}
 _ALIASES = {"image_url": "image", "video_url": "video", "audio_url": "audio"}
 
 
 def content_parts(
-    content: Any, role: str, where: str, accepts: frozenset[str]
+    content: Any,
+    role: str,
+    where: str,
+    accepts: frozenset[str],
+    refusals: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Any]]:
     """(kind, value) of each part: text, reasoning with their text; image, video, audio with what
     the part names, or None where a column of the row has it.
+
+    Args:
+        refusals: kind of media that is not in `accepts` -> why.
 
     Raises:
         DataError: a part that may not stand there, or that is not in `accepts`.
@@ -50,16 +60,39 @@ def content_parts(
                 raise DataError(f"{where}: a {kind} part needs a '{kind}' text, not {text!r}.")
             yield "reasoning", text
         elif kind in _INLINE and kind in accepts and role in ("user", "tool"):
-            inline = next((part[k] for k in _INLINE[kind] if part.get(k) is not None), None)
-            if isinstance(inline, dict) and "url" in inline:  # {"image_url": {"url": ...}}
-                inline = inline["url"]
-            yield kind, inline
+            yield kind, _inline(part, kind, where)
+        elif kind in refusals and role in ("user", "tool"):
+            raise DataError(
+                f"{where}: a part of type {kind!r} is not read: {refusals[kind]}. Leave such rows "
+                "out with data.on_bad_row=skip."
+            )
         else:
             others = [k + "s" if k == "image" else k for k in _INLINE if k in accepts]
             raise DataError(
                 f"{where}: a part of type {kind!r} is not read from the {role} role. "
                 f"Text may stand anywhere, {', '.join(others) or 'nothing else'} in user messages."
             )
+
+
+def _inline(part: dict[str, Any], kind: str, where: str) -> Any:
+    """What the part itself says of its medium."""
+    inline = next((part[k] for k in _INLINE[kind] if part.get(k) is not None), None)
+    if isinstance(inline, dict) and "url" in inline:  # {"image_url": {"url": ...}}
+        inline = inline["url"]
+    beside = {k: part[k] for k in _WITH_INLINE.get(kind, ()) if part.get(k) is not None}
+    if not beside:
+        return inline
+    if inline is None:
+        raise DataError(
+            f"{where}: '{next(iter(beside))}' of a {kind} part belongs to the {kind} itself, which "
+            "the part does not name."
+        )
+    if isinstance(inline, dict):
+        return inline | beside
+    name = (
+        "frames" if isinstance(inline, list) else "bytes" if isinstance(inline, bytes) else "path"
+    )
+    return {name: inline} | beside
 
 
 def message_weight(message: dict[str, Any], role: str, where: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from gemtune.errors import ConfigError, DataError
 from gemtune.options import did_you_mean
 
 Row = dict[str, Any]
-_IMAGE_MARK = "<image>"
 _SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -89,7 +89,7 @@ def _sharegpt(row: Row) -> list[Any]:
         raise DataError("'conversations' must be a list with at least one turn.")
     if isinstance(turns[0], dict) and turns[0].get("role") is not None:
         return turns  # messages under another name
-    places = _num_images(row)
+    kinds = _media_kinds(row)
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
@@ -110,7 +110,7 @@ def _sharegpt(row: Row) -> list[Any]:
             calls = call if isinstance(call, list) else [call]
             messages.append({"role": role, "content": None, "tool_calls": calls} | more)
         else:
-            content = _with_marks(value) if places and role == "user" else value
+            content = _with_marks(value, kinds) if role == "user" else value
             messages.append({"role": role, "content": content} | more)
     return messages
 
@@ -124,7 +124,7 @@ def _alpaca(row: Row) -> list[Any]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError("'history' must be a list of [question, answer].")
         messages += _turn(_text(pair[0], "history"), _text(pair[1], "history"))
-    content = _with_marks(question) if _num_images(row) else question
+    content = _with_marks(question, _media_kinds(row))
     return [*messages, *_turn(content, _text(row["output"], "output"))]
 
 
@@ -136,18 +136,17 @@ def _prompt_completion(row: Row) -> list[Any]:
             sides.append(value)
         else:
             text = _text(value, name)
-            content = _with_marks(text) if role == "user" and _num_images(row) else text
+            content = _with_marks(text, _media_kinds(row)) if role == "user" else text
             sides.append([{"role": role, "content": content}])
     return sides[0] + sides[1]
 
 
 def _question_answer(row: Row) -> list[Any]:
     question = _text(row["question"], "question")
-    content: Any = question
-    if num_images := _num_images(row):
-        content = _with_marks(question)
-        if all(part["type"] == "text" for part in content):  # the images stand before the text
-            content = [{"type": "image"}] * num_images + content
+    kinds = _media_kinds(row)
+    content = _with_marks(question, kinds)
+    if kinds and all(part["type"] == "text" for part in content):  # media stand before the text
+        content = [{"type": kind} for kind, n in kinds.items() for _ in range(n)] + content
     return _turn(content, _text(row["answer"], "answer"))
 
 
@@ -254,18 +253,28 @@ def _parsed(value: Any, name: str, place: str = "", always: bool = False) -> Any
         ) from error
 
 
-def _num_images(row: Row) -> int:
-    images = row.get("images")
-    return (row.get("image") is not None) + (len(images) if isinstance(images, list) else 0)
+def _media_kinds(row: Row) -> dict[str, int]:
+    """Kind -> how many of it the row gives, those that it has."""
+    counts = {}
+    for single, several in _SINGLE.items():
+        given = row.get(several)
+        count = (row.get(single) is not None) + (len(given) if isinstance(given, list) else 0)
+        if count:
+            counts[single] = count
+    return counts
 
 
-def _with_marks(text: str) -> list[Row]:
-    """A text with `<image>` in it as parts."""
+def _with_marks(text: str, kinds: Iterable[str]) -> Any:
+    """A text with `<image>`, `<video>` or `<audio>` in it as parts, where the row has such media;
+    else as it is."""
+    marks = "|".join(kinds)
+    if not marks:
+        return text
     parts: list[Row] = []
-    for number, piece in enumerate(text.split(_IMAGE_MARK)):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
+    for number, piece in enumerate(re.split(f"<({marks})>", text)):
+        if number % 2:
+            parts.append({"type": piece})
+        elif piece.strip():
             parts.append({"type": "text", "text": piece})
     return parts or [{"type": "text", "text": text}]
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma4ForConditionalGeneration
 
-from gemtune.data import Example, collate_packed
-from gemtune.data.batching import collate
+from gemtune.data import Example, collate, collate_packed
 from gemtune.data.media.images import EncodedImage
 
 PAD, IMAGE_ID = 0, 19
@@ -28,7 +27,7 @@ def examples():
 
 
 def test_right_padding(examples):
-    batch = collate(examples, pad_id=PAD, image_id=IMAGE_ID)
+    batch = collate(examples, pad_id=PAD, soft_ids={"image": IMAGE_ID})
     assert batch.inputs["input_ids"].tolist() == [
         [2, 30, 31, 0, 0, 0, 0],
         [2, 17, 19, 21, 40, 41, 16],
@@ -53,7 +52,7 @@ def test_right_padding(examples):
 
 
 def test_left_padding(examples):
-    batch = collate(examples, pad_id=PAD, image_id=IMAGE_ID, padding_side="left")
+    batch = collate(examples, pad_id=PAD, soft_ids={"image": IMAGE_ID}, padding_side="left")
     assert batch.inputs["input_ids"][0].tolist() == [0, 0, 0, 0, 2, 30, 31]
     assert batch.inputs["attention_mask"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert batch.labels[0].tolist() == [-100] * 6 + [31]
@@ -62,7 +61,7 @@ def test_left_padding(examples):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_counts(examples, side):
-    batch = collate(examples, pad_id=PAD, image_id=IMAGE_ID, padding_side=side)
+    batch = collate(examples, pad_id=PAD, soft_ids={"image": IMAGE_ID}, padding_side=side)
     assert batch.num_tokens == 3 + 7 + 5
     assert batch.num_supervised_tokens == 1 + 3 + 1
     assert batch.num_supervised_tokens == int((batch.labels[:, 1:] != -100).sum())
@@ -70,11 +69,11 @@ def test_counts(examples, side):
 
 def test_the_first_token_is_predicted_by_nothing():
     first = Example(np.array([5, 6, 7]), np.array([5, 6, -100]))
-    assert collate([first], pad_id=PAD, image_id=IMAGE_ID).num_supervised_tokens == 1
+    assert collate([first], pad_id=PAD, soft_ids={"image": IMAGE_ID}).num_supervised_tokens == 1
 
 
 def test_pixels_are_padded_to_the_largest_image_of_the_batch(examples):
-    inputs = collate(examples, pad_id=PAD, image_id=IMAGE_ID).inputs
+    inputs = collate(examples, pad_id=PAD, soft_ids={"image": IMAGE_ID}).inputs
     assert inputs["pixel_values"].shape == (2, 18, 768)
     assert inputs["pixel_values"].dtype == torch.float32
     assert (inputs["pixel_values"][0, :9] == 0.5).all()
@@ -86,13 +85,13 @@ def test_pixels_are_padded_to_the_largest_image_of_the_batch(examples):
 
 
 def test_text_alone_has_no_pixels(examples):
-    batch = collate(examples[:1], pad_id=PAD, image_id=IMAGE_ID)
+    batch = collate(examples[:1], pad_id=PAD, soft_ids={"image": IMAGE_ID})
     assert set(batch.inputs) == {"input_ids", "attention_mask", "mm_token_type_ids"}
     assert all(value.dtype == torch.int64 for value in batch.inputs.values())
 
 
 def pack(rows):
-    return collate_packed(rows, pad_id=PAD, image_id=IMAGE_ID)
+    return collate_packed(rows, pad_id=PAD, soft_ids={"image": IMAGE_ID})
 
 
 def test_packed_rows(examples):
@@ -135,7 +134,7 @@ def test_no_document_has_to_predict_the_next_one():
 
 
 def test_moving_keeps_everything(examples):
-    batch = collate(examples, pad_id=PAD, image_id=IMAGE_ID)
+    batch = collate(examples, pad_id=PAD, soft_ids={"image": IMAGE_ID})
     moved = batch.to(torch.device("meta"))
     assert {value.device.type for value in (*moved.inputs.values(), moved.labels)} == {"meta"}
     assert (moved.num_tokens, moved.rows) == (batch.num_tokens, batch.rows)
@@ -157,7 +156,7 @@ def test_logits_are_those_of_the_stock_padding(
     ]
     encoder = make_encoder()
     examples = [encoder.encode(row, "") for row in rows]
-    batch = collate(examples, pad_id=tokenizer.pad_token_id, image_id=IMAGE_ID)
+    batch = collate(examples, pad_id=tokenizer.pad_token_id, soft_ids={"image": IMAGE_ID})
     assert batch.inputs["pixel_values"].shape[1] == 54  # of the processor's 630
     logits = model(**in_double(batch.inputs)).logits
     stock = tiny_processor(pictures, return_tensors="pt")

@@ -6,7 +6,6 @@ import resource
 import struct
 import subprocess
 import sys
-import wave
 import zlib
 
 import numpy as np
@@ -16,16 +15,6 @@ from PIL import Image
 from gemtune.data.media.files import MediaPolicy
 from gemtune.data.media.images import ImageEncoder
 from gemtune.errors import DataError
-
-
-def wav(seconds=0.1, rate=16000):
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(b"\0\0" * int(rate * seconds))
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -154,25 +143,6 @@ def test_images_can_be_decoded_when_they_are_opened(stock_processor, png, make_i
     for data in (encode_file(make_image(200, 200), "JPEG")[:5000], png(200, 200)[:5000]):
         with pytest.raises(DataError, match=r"^row 3: the image is damaged"):
             encoder.open(data, "row 3")
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (wav(rate=44100), "the audio has 44100 samples a second; 16000 are needed"),
-        ({"bytes": wav(), "sampling_rate": 8000}, "the audio has 8000 samples a second"),
-        (wav(31), r"the audio takes 31\.0 s; Gemma 4 hears at most 30 s"),
-        (wav()[:20], "not a WAV file that can be read"),
-        (b"", "not a WAV file that can be read"),
-        (b"ID3 and so on", "not a WAV file that can be read .* ffmpeg -i FILE -ac 1 -ar 16000"),
-        (3, "an audio must be bytes or a file path, not int"),
-        ("../a.wav", "there is no audio file"),
-        ("https://a.org/b.wav", "audios are not fetched from URLs"),
-    ],
-)
-def test_audio_is_measured_by_its_header(stock_processor, root, given, says):
-    with pytest.raises(DataError, match="^row 3: " + says):
-        ImageEncoder(stock_processor, root).refer("audio", given, "row 3")
 
 
 def test_reading_an_image_starts_no_program_and_opens_no_socket(root):

@@ -216,7 +216,8 @@ def test_a_killed_preparation_goes_on(make_source, make_encoder, cache, monkeypa
     import sys, time
     sys.path[:0] = {sys.path!r}
     from transformers import AutoTokenizer, Gemma4ImageProcessorPil
-    from gemtune.data import ChatEncoder, preparation
+    from gemtune.data import ChatEncoder
+    from gemtune.data.preparation import cache as preparation
     from gemtune.data.media.images import ImageEncoder
     from gemtune.data.sources.source import read_source
     preparation.ROWS_PER_FILE = 10
@@ -362,7 +363,7 @@ def test_the_encoder_of_the_bundled_rows(tokenizer, tiny_processor, cache):
     )
     kept = Preparation(str(cache), num_processes=2).rows(source, encoder, 40)
     same(kept, Preparation(keeps="off").rows(source, encoder, 40))
-    assert kept.num_images.sum() > 30
+    assert kept.num_media["image"].sum() > 30
 
 
 def test_rows_prepared_by_other_code_are_not_used(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from gemtune.data.preparation.rejected import rejected_record, write_rejected
 from gemtune.data.preparation.rows import PreparedRows, read_prepared, to_batch, write_batch
 from gemtune.data.rendering.fitting import EncodedText
+from gemtune.data.rendering.plans import Span
 from gemtune.errors import DataError
 
 
@@ -15,7 +16,13 @@ def test_a_batch_comes_back_as_it_was(tmp_path):
     rows = [
         EncodedText([1, 2, 3], [(1, 3)], "row 0"),
         DataError("row 1: bad \ud800 é"),
-        EncodedText([4] * 9, [(0, 2), (5, 9)], "row 2", num_images=2, first_image=1),
+        EncodedText(
+            [4] * 9,
+            [(0, 2), (5, 9)],
+            "row 2",
+            [Span("image", 0, 2), Span("audio", 2, 3), Span("image", 3, 5)],
+            {"image": 1},
+        ),
         EncodedText([5], [], "row 3"),
     ]
     path = tmp_path / "a.arrow"
@@ -26,7 +33,8 @@ def test_a_batch_comes_back_as_it_was(tmp_path):
         assert prepared.is_bad.tolist() == [False, True, False, False]
         assert prepared.reason(1) == "row 1: bad \\ud800 é"
         assert prepared.num_supervised_tokens.tolist() == [2, 0, 5, 0]
-        assert (prepared.num_images[2], prepared.first_image[2]) == (2, 1)
+        assert prepared.kept_media(2) == {"image": (1, 2), "video": (0, 0), "audio": (0, 1)}
+        assert prepared.kept_media(0) == prepared.kept_media(1) == {}
         assert prepared.ids(2).tolist() == [4] * 9
         assert prepared.runs(2).tolist() == [[0, 2], [5, 9]]
         assert prepared.runs(3).shape == (0, 2)

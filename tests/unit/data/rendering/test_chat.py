@@ -168,7 +168,7 @@ def test_images_keep_their_order(make_encoder, make_image, chat):
     row["messages"][0]["content"][1]["image"] = two
     row["messages"][2]["content"][0]["image"] = two
     example = make_encoder().encode(row, "")
-    encoder = make_encoder().images
+    encoder = make_encoder().media.image
     expected = [encoder.encode(image, "").pixels for image in (one, two, two, three)]
     for found, pixels in zip(example.images, expected, strict=True):
         np.testing.assert_array_equal(found.pixels, pixels)
@@ -265,13 +265,13 @@ def test_a_template_that_ends_turns_otherwise(make_encoder, with_template, chat)
 
 def test_a_template_that_drops_images(make_encoder, with_template, chat, png):
     encoder = make_encoder(tokenizer=with_template("{{- '<|image|>' -}}", ""))
-    with pytest.raises(DataError, match=r"^row 3: the chat template dropped an image"):
+    with pytest.raises(DataError, match=r"^row 3: the chat template dropped a medium .image."):
         encoder.encode_text(chat((None, "a"), "b", images=[png()]), "row 3")
 
 
 def test_a_template_that_adds_images(make_encoder, with_template, chat, png):
     encoder = make_encoder(tokenizer=with_template("'<|image|>'", "'<|image|><|image|>'"))
-    with pytest.raises(DataError, match=r"^row 3: the chat template rendered extra images"):
+    with pytest.raises(DataError, match=r"^row 3: the chat template rendered extra media .image."):
         encoder.encode_text(chat((None, "a"), "b", images=[png()]), "row 3")
 
 
@@ -382,4 +382,4 @@ def test_an_image_that_was_exchanged_since_the_check(make_encoder, chat, png):
     encoder = make_encoder()
     example, _ = encoder.encode_text(chat((None, "a"), "b", images=[png(96, 96)]), "row 3")
     with pytest.raises(DataError, match=r"^row 3: its images take 1 tokens where 4 were counted"):
-        encoder.add_images(example, chat((None, "a"), "b", images=[png(48, 48)]), 1)
+        encoder.add_media(example, chat((None, "a"), "b", images=[png(48, 48)]), {"image": (0, 1)})

@@ -52,7 +52,7 @@ def test_a_cut_through_an_image_is_refused_and_one_behind_it_drops_it(
     assert tokenizer.decode(after.input_ids[-6:]) == "<|image>" + "<|image|>" * 4 + "<image|>"
     assert [len(image.pixels) for image in before.images] == [9]
     assert [len(image.pixels) for image in after.images] == [9, 36]
-    first = make_encoder().images.encode(make_image(48, 48, 1), "")
+    first = make_encoder().media.image.encode(make_image(48, 48, 1), "")
     assert (before.images[0].pixels == first.pixels).all()
 
 
@@ -109,7 +109,7 @@ def test_images_go_with_their_turns_and_are_never_cut(make_encoder, make_image, 
     last = make_encoder().encode(chat((None, "what is this now"), "d", images=pictures[1:]), "")
     cut = left(make_encoder, len(last.input_ids), row)
     assert cut.input_ids.tolist() == last.input_ids.tolist()
-    expected = make_encoder().images.encode(make_image(96, 96, 2), "").pixels
+    expected = make_encoder().media.image.encode(make_image(96, 96, 2), "").pixels
     assert len(cut.images) == 1 and (cut.images[0].pixels == expected).all()
     for length in range(len(last.input_ids) - 8, len(last.input_ids)):
         with pytest.raises(DataError, match=r"^row 3: .*(cuts through an image|cut an image out)"):

@@ -67,7 +67,7 @@ def test_ids_types_pixels_and_positions_are_those_of_the_processor(
     ours = collate(
         [example],
         pad_id=tokenizer.pad_token_id,
-        image_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+        soft_ids=encoder.placeholders.soft_ids,
     ).inputs
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         assert torch.equal(ours[name], expected[name]), name

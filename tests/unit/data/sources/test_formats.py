@@ -3,12 +3,16 @@
 import json
 
 import pytest
+from transformers import Gemma4ImageProcessorPil
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
-from gemtune.data.media.images import ImageEncoder
+from gemtune.data.media.encoders import Encoders, OtherMedia
+from gemtune.data.media.files import MediaPolicy
 from gemtune.data.rendering.conversation import ConversationReader
 from gemtune.data.sources.formats import FORMATS, find_format
 from gemtune.errors import DataError
 
+EXTRACTOR = Gemma4AudioFeatureExtractor()
 EVERYTHING = ("image", "video", "audio", "tools", "reasoning", "weights")
 
 
@@ -162,8 +166,11 @@ def test_a_row_without_the_columns_of_its_file():
 @pytest.fixture
 def read(tokenizer, stock_processor, tmp_path):
     def of(row, accepts=EVERYTHING, **options):
-        images = ImageEncoder(stock_processor, tmp_path)
-        return ConversationReader(tokenizer, images, accepts, **options).read(row, "row 3")
+        others = OtherMedia(Gemma4ImageProcessorPil(max_soft_tokens=70), 32, EXTRACTOR)
+        if not set(accepts) & {"video", "audio"}:
+            others = OtherMedia(refusals={"audio": "it is deaf"})
+        media = Encoders.of(stock_processor, others, tmp_path, MediaPolicy())
+        return ConversationReader(tokenizer, media, accepts, **options).read(row, "row 3")
 
     return of
 
@@ -254,7 +261,10 @@ def test_what_cannot_be_learned_from(read, messages, says):
         ({"messages": [user("q"), model("a", train=False)]}, "message 2 has 'train'"),
         ({"messages": [user("q"), model("a", weight=0.5)]}, "message 2 has 'weight'"),
         ({"messages": [user("q"), model("a")], "tools": [{"name": "f"}]}, "'tools' are not read"),
-        ({"messages": [user([{"type": "audio"}]), model("a")]}, "a part of type 'audio' is not"),
+        (
+            {"messages": [user([{"type": "audio"}]), model("a")]},
+            "'audio' is not read: it is deaf",
+        ),
         ({"messages": [user([{"type": "video"}]), model("a")]}, "a part of type 'video' is not"),
         ({"messages": [user("q"), model("a")], "audios": ["a.wav"]}, "1 audios are given but"),
     ],
@@ -285,11 +295,10 @@ def test_media_of_every_kind_are_carried_in_order(read, png, tmp_path):
         return buffer.getvalue()
 
     (tmp_path / "b.wav").write_bytes(wav(0.5))
-    (tmp_path / "c.mp4").write_bytes(b"not looked into")
     parts = [
         {"type": "audio"},
         {"type": "image_url", "image_url": {"url": "i.png"}},
-        {"type": "video", "video": "c.mp4"},
+        {"type": "video", "video": ["i.png", "i.png"], "fps": 0.5},
         {"type": "audio", "audio": "b.wav"},
         {"type": "text", "text": "q"},
     ]
@@ -300,9 +309,9 @@ def test_media_of_every_kind_are_carried_in_order(read, png, tmp_path):
         "audio", "image", "video", "audio", "text",
     ]  # fmt: skip
     assert [audio.seconds for audio in conversation.audios] == [1.0, 0.5]
-    assert conversation.audios[1].path == tmp_path / "b.wav"
-    assert conversation.audios[0].read()[:4] == b"RIFF"
-    assert conversation.videos[0].read() == b"not looked into"
+    assert conversation.audios[1].content == tmp_path / "b.wav"
+    assert conversation.audios[0].content[:4] == b"RIFF"
+    assert conversation.videos[0].timestamps == [0.0, 2.0]
     assert conversation.images[0].size == (96, 48)
     before = conversation.before_last_answer()
     assert (len(before.audios), len(before.videos), len(before.images)) == (2, 1, 1)
