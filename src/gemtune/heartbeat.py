@@ -70,7 +70,7 @@ class Verdict:
     """Why all ranks end. The first one that any rank gives is everybody's."""
 
     kind: str
-    """failed: a rank ended with an error; lost: it is gone or stopped; hung: it does not move."""
+    """failed: a rank ended before the run; lost: it is gone or stopped; hung: it does not move."""
     text: str
     exit_code: int
     ranks: list[int]
