@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 from torch.distributed import DistStoreError, TCPStore
@@ -220,6 +221,7 @@ def _verdict(text: bytes) -> Verdict:
     return Verdict(**json.loads(text))
 
 
+@cache
 def this_machine() -> str:
     """Which processes this one can see: the kernel's boot and the namespace of its pids."""
     with suppress(OSError):

@@ -70,7 +70,7 @@ def test_a_rank_that_is_behind(tmp_path: Path) -> None:
 
 
 def test_no_limit_where_one_rank_may_take_long(tmp_path: Path) -> None:
-    # Rank 1 pauses for 8 s in its first step, and for each batch of the evaluation after step 2.
+    # Rank 1 pauses for 5 s in its first step, and for each batch of the evaluation after step 2.
     environment = {"FAULT": "pause:1:1"}
     limits = ("parallel.heartbeat_seconds=2", "parallel.timeout_seconds=3", "loop.max_steps=3")
     more = ("loop.eval_every_steps=2", "data.eval_generate_rows=0")

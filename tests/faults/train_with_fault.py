@@ -40,7 +40,7 @@ def fail() -> None:
     elif KIND == "hang":
         time.sleep(600)
     elif KIND == "pause":
-        time.sleep(8)
+        time.sleep(5)
 
 
 def begin() -> None:
