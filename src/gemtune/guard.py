@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from gemtune.errors import UserError
 from gemtune.exit_codes import CRASHED, INTERRUPTED, REFUSED
@@ -44,7 +44,8 @@ def guarded(runtime: Runtime, limits: Limits) -> Iterator[None]:
         yield
     except BaseException as error:
         stop.ending()
-        lost = isinstance(error, Exception) and bool(_LOST_CONNECTION.search(str(error)))
+        # Errors of files and of the web are OSErrors.
+        lost = isinstance(error, RuntimeError) and bool(_LOST_CONNECTION.search(str(error)))
         ours = isinstance(error, UserError | KeyboardInterrupt)
         verdict = None if ours else watchdog.failure_elsewhere(lost_connection=lost)
         if verdict is not None:
@@ -54,12 +55,12 @@ def guarded(runtime: Runtime, limits: Limits) -> Iterator[None]:
             status.end(code, reason)
             raise SystemExit(code) from None
         code, reason = _own(error, stop.reason)
-        if isinstance(error, Exception):
-            watchdog.fail(reason, code)
+        watchdog.tell(f"{'failed' if isinstance(error, Exception) else 'ended'}: {reason}", code)
         status.end(code, reason)
         raise
     finally:
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         watchdog.close()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 from torch.distributed import DistStoreError, TCPStore
@@ -70,7 +71,7 @@ class Verdict:
     """Why all ranks end. The first one that any rank gives is everybody's."""
 
     kind: str
-    """failed: a rank ended with an error; lost: it is gone or stopped; hung: it does not move."""
+    """failed: a rank ended before the run; lost: it is gone or stopped; hung: it does not move."""
     text: str
     exit_code: int
     ranks: list[int]
@@ -220,6 +221,7 @@ def _verdict(text: bytes) -> Verdict:
     return Verdict(**json.loads(text))
 
 
+@cache
 def this_machine() -> str:
     """Which processes this one can see: the kernel's boot and the namespace of its pids."""
     with suppress(OSError):

@@ -25,7 +25,7 @@ _SAME_PRESS_SECONDS = 1.0
 _LEAVE_SECONDS = 5.0
 
 _LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun"}
-_LAUNCHER_MODULES = {"torch.distributed.run", "torch.distributed.launch", "accelerate.commands"}
+_LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -200,10 +200,10 @@ def follow_launcher() -> None:
 
 def is_launcher(command: Sequence[str]) -> bool:
     """Whether a command line is that of `accelerate launch` or torchrun."""
-    program = [word for word in command[:4] if word]
+    program = [word for word in command if word and not word.startswith("-")][:2]
     return any(
         Path(word).name in _LAUNCHERS
-        or word.startswith(tuple(_LAUNCHER_MODULES))
+        or word.startswith(_LAUNCHER_MODULES)
         or word.endswith(("/accelerate/commands/launch.py", "/torch/distributed/run.py"))
         for word in program
     )

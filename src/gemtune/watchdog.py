@@ -116,12 +116,10 @@ class Watchdog:
             self._limited = before
             self.progress("between phases")
 
-    def fail(self, text: str, exit_code: int) -> None:
-        """Tell the other ranks that this one ends with an error, so that they do not wait."""
+    def tell(self, text: str, exit_code: int) -> None:
+        """Tell the other ranks how this one ends before the run does: they do not wait for it."""
         if self._heartbeat is not None:
-            verdict = Verdict(
-                "failed", f"rank {self._rank} failed: {text}", exit_code, [self._rank]
-            )
+            verdict = Verdict("failed", f"rank {self._rank} {text}", exit_code, [self._rank])
             self._heartbeat.propose(verdict, _PROPOSE_SECONDS)
 
     def failure_elsewhere(self, *, lost_connection: bool) -> Verdict | None:
@@ -141,7 +139,9 @@ class Watchdog:
                 break
             self._judge()
             left = any(sight.pulse.left for sight in heartbeat.sights.values())
-            if left or self._stop.requested:
+            if self._gone_since:
+                deadline = max(deadline, time.monotonic() + 1)  # it will be named in seconds
+            elif left or self._stop.requested:
                 deadline = min(deadline, time.monotonic() + _HURRY_SECONDS)
             time.sleep(0.1)
         verdict = heartbeat.verdict

@@ -109,6 +109,13 @@ def two_ranks(rank: int, port: int, run_dir: str) -> None:
         bad[0, 0] = math.nan
     found["bad"] = step(session, [Rows(bad, 5)], max_grad_norm=1.0)
     found["after bad"] = parameters(session)
+    if rank == 1:  # the loss is finite everywhere, one rank's gradient is not
+        weight = session.runtime.unwrap(session.model).linear.weight
+        hook = weight.register_hook(lambda gradient: gradient * math.nan)
+    found["bad gradient"] = step(session, [Rows(mine, 5)], max_grad_norm=1.0)
+    found["after bad gradient"] = parameters(session)
+    if rank == 1:
+        hook.remove()
     found["optimizer after bad"] = len(session.optimizer.state)
     found["good"] = step(session, [Rows(mine, 5)], max_grad_norm=None)
     found["after good"] = parameters(session)
@@ -126,6 +133,9 @@ def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
 
     for found in ranks:
         assert not found["bad"].updated and math.isnan(found["bad"].loss)
+        assert not found["bad gradient"].updated and math.isfinite(found["bad gradient"].loss)
+        assert math.isnan(found["bad gradient"].grad_norm) and not found["bad gradient"].spike
+        assert all(map(torch.equal, found["after bad gradient"], found["start"]))
         assert found["optimizer after bad"] == 0
         assert all(map(torch.equal, found["after bad"], found["start"]))
         assert found["good"].updated and found["good"].loss == ranks[0]["good"].loss

@@ -69,6 +69,17 @@ def test_a_rank_that_is_behind(tmp_path: Path) -> None:
         assert run.status()["exit_code"] == 76
 
 
+def test_no_limit_where_one_rank_may_take_long(tmp_path: Path) -> None:
+    # Rank 1 pauses for 5 s in its first step, and for each batch of the evaluation after step 2.
+    environment = {"FAULT": "pause:1:1"}
+    limits = ("parallel.heartbeat_seconds=2", "parallel.timeout_seconds=3", "loop.max_steps=3")
+    more = ("loop.eval_every_steps=2", "data.eval_generate_rows=0")
+    with launched(tmp_path, *limits, *more, script=SCRIPT, environment=environment) as run:
+        returned, output = run.finish()
+        assert returned == 0, output
+        assert len(run.run.losses()) == 3 and run.status()["status"] == "finished"
+
+
 def test_one_process_that_hangs(tmp_path: Path) -> None:
     flag = tmp_path / "hangs"
     fault = {"FAULT": "slow_data:0:3", "FAULT_FLAG": str(flag)}

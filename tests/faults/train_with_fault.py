@@ -39,6 +39,8 @@ def fail() -> None:
         os.abort()
     elif KIND == "hang":
         time.sleep(600)
+    elif KIND == "pause":
+        time.sleep(5)
 
 
 def begin() -> None:
@@ -53,6 +55,8 @@ def install_fault(model: nn.Module) -> None:
     forwards_of_a_step = int(os.environ.get("FORWARDS_OF_A_STEP", "1"))
 
     def hook(module: nn.Module, *_: Any) -> None:
+        if KIND == "pause" and not module.training and seen["forwards"]:
+            fail()  # in evaluation too
         if module.training:
             seen["forwards"] += 1
             if seen["forwards"] == (int(STEP) - 1) * forwards_of_a_step + 1:
