@@ -102,8 +102,11 @@ class Watchdog:
 
     def limit(self, limited: bool) -> None:
         """Whether phases have a time limit from here on: in training, after the first step."""
+        is_first = limited and not self._limited
         self._limited = limited
         self.progress(self._progress.phase)
+        if is_first and self._heartbeat is not None:
+            self._heartbeat.look()  # the others need not wait to hear that this one has loaded
 
     @contextmanager
     def unlimited(self, phase: str) -> Iterator[None]:
@@ -237,7 +240,10 @@ class Watchdog:
                 return ""
             self._gone_since.pop(pulse.rank, None)
         limits = self._limits
-        limit = limits.timeout_seconds if pulse.phase == "loading" else limits.heartbeat_seconds
+        # A load may block all threads. Once this rank has done a step, the others have, whatever
+        # their last pulse said.
+        loads = pulse.phase == "loading" and not self._progress.limited
+        limit = limits.timeout_seconds if loads else limits.heartbeat_seconds
         # Ranks do steps together: as long as this one passes marks, none is dead.
         if seconds < limit or self._since(self._progress.at) < limit:
             return ""

@@ -85,7 +85,8 @@ def test_a_silent_rank_is_named_with_its_place() -> None:
     [
         (waiting(101), pulse(1), 60, None),  # within the limit
         (waiting(101), pulse(1, left=True), 500, None),  # it said goodbye
-        (waiting(101), pulse(1, phase="loading"), 500, None),  # a load may block all threads
+        # A load may block all threads.
+        (waiting(101, limited=False, step=1), pulse(1, phase="loading"), 500, None),
         (waiting(2), pulse(1), 500, None),  # steps go on: only its pulse is late
         (waiting(500), pulse(1), 500, 20),  # this process itself was stopped meanwhile
     ],
@@ -96,6 +97,11 @@ def test_no_rank_is_blamed_too_early(
 ) -> None:
     awake = 0.0 if awake_ago is None else time.monotonic() - awake_ago
     assert watchdog(own, (other, ago), awake=awake)._silent_rank() is None
+
+
+def test_a_rank_that_stops_before_it_could_say_that_it_has_loaded_is_named() -> None:
+    found = watchdog(waiting(101), (pulse(1, step=0, phase="loading"), 101))
+    assert "rank 1 (pid 7, host there) does not answer since 101 s" in text(found._silent_rank())
 
 
 def test_a_dead_process_of_this_machine_is_named_without_waiting_for_the_limit() -> None:
