@@ -123,10 +123,8 @@ def supervised(inputs: dict[str, torch.Tensor]) -> int:
 
 CASES = {
     "stock, recomputed": Case(patches=(), checkpointing=True),
-    "patched": Case(),
     "patched, recomputed": Case(checkpointing=True),
     "frozen tower and projector": Case(frozen=("vision_tower", "embed_vision")),
-    "frozen tower": Case(frozen=("vision_tower",), checkpointing=True),
     "frozen table": Case(frozen=("embed_tokens_per_layer",)),
     "E4B": Case("e4b"),
     "experts": Case("26b_a4b_all_experts"),
@@ -139,10 +137,8 @@ CASES = {
     "every kind": Case(hears=True, checkpointing=True),
     "every kind, frozen towers": Case(hears=True, frozen=("vision_tower", "audio_tower")),
     "every kind, DDP, recomputed": Case(hears=True, strategy=DDP, checkpointing=True),
-    "DDP": Case(strategy=DDP),
     "DDP, recomputed": Case(strategy=DDP, checkpointing=True),
     "DDP, frozen tower": Case(strategy=DDP, frozen=("vision_tower",)),
-    "DDP, LoRA on everything": Case(strategy=DDP, lora=("language", "vision", "projector")),
 }
 
 

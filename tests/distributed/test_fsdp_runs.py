@@ -18,12 +18,12 @@ pytestmark = pytest.mark.xdist_group("fsdp_runs")
 
 SHARDED = "parallel=fsdp2"
 FROZEN = (
-    "loop.max_steps=6",
+    "loop.max_steps=4",
     "model.freeze=[ple,vision]",
     "model.gradient_checkpointing=true",
     "patches=[ple_offload,vision_streaming,linear_cross_entropy,supervised_positions]",
 )
-LORA = ("loop.max_steps=6", "recipe=gemma4_lora", "adapter.parts=[language,vision]")
+LORA = ("loop.max_steps=4", "recipe=gemma4_lora", "adapter.parts=[language,vision]")
 READ = (
     "loop.max_steps=4",
     "recipe=gemma4_lora",
@@ -38,7 +38,7 @@ SILENT = "data.eval_generate_rows=0"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     path = mostly_text(tmp_path_factory.mktemp("data") / "rows.parquet")
-    return ("loop.max_steps=8", f"data.path={path}", f"data.eval_path={path}")
+    return ("loop.max_steps=5", f"data.path={path}", f"data.eval_path={path}")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pat
     on_three = {
         "full on 3": Case((*FULL, SHARDED)),
         "from 2 on 3": Case((*FULL, SHARDED, SILENT), goes_on_from="full on 2"),
-        "mostly text on 3": Case((*data, SHARDED, SILENT)),
     }
     run_ranks(trains, 2, on_two, str(folder), limit_seconds=400)
     run_ranks(trains, 3, on_three, str(folder), limit_seconds=300)
@@ -120,8 +119,7 @@ def test_adapters_on_a_checkpoint_in_bfloat16(runs: Path, train_run: TrainRun) -
 def test_steps_without_an_image(runs: Path, train_run: TrainRun, data: tuple[str, ...]) -> None:
     alone = train_run(*COMMON, *data)
     check_same(RunFolder(runs / "mostly text" / "run", 0), alone, num_answers=7)
-    for name in ("mostly text on 3", "mostly text under ddp"):
-        check_same(RunFolder(runs / name / "run", 0), alone)
+    check_same(RunFolder(runs / "mostly text under ddp" / "run", 0), alone)
 
 
 @pytest.mark.parametrize("name", ["full on 3", "frozen", "lora"])

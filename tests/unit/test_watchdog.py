@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
@@ -63,7 +64,13 @@ def watchdog(own: Progress, *sights: tuple[Pulse, float], awake: float = 0.0) ->
 
 
 def waiting(seconds: float, *, limited: bool = True, step: int = 5, count: int = 3) -> Progress:
+    """No mark passed for so long. For the cases of a test see `late`."""
     return Progress(step, count, "optimizer", limited, time.monotonic() - seconds)
+
+
+def late(*arguments: float, **options: Any) -> Callable[[], Progress]:
+    """`waiting`, as of when the test runs and not of when it was read."""
+    return lambda: waiting(*arguments, **options)
 
 
 def text(verdict: Verdict | None) -> str:
@@ -83,20 +90,20 @@ def test_a_silent_rank_is_named_with_its_place() -> None:
 @pytest.mark.parametrize(
     ("own", "other", "ago", "awake_ago"),
     [
-        (waiting(101), pulse(1), 60, None),  # within the limit
-        (waiting(101), pulse(1, left=True), 500, None),  # it said goodbye
+        (late(101), pulse(1), 60, None),  # within the limit
+        (late(101), pulse(1, left=True), 500, None),  # it said goodbye
         # A load may block all threads.
-        (waiting(101, limited=False, step=1), pulse(1, phase="loading"), 500, None),
-        (waiting(2), pulse(1), 500, None),  # steps go on: only its pulse is late
-        (waiting(500), pulse(1), 500, 20),  # this process itself was stopped meanwhile
+        (late(101, limited=False, step=1), pulse(1, phase="loading"), 500, None),
+        (late(2), pulse(1), 500, None),  # steps go on: only its pulse is late
+        (late(500), pulse(1), 500, 20),  # this process itself was stopped meanwhile
     ],
     ids=["in time", "left", "loading", "steps go on", "own pause"],
 )
 def test_no_rank_is_blamed_too_early(
-    own: Progress, other: Pulse, ago: float, awake_ago: float | None
+    own: Callable[[], Progress], other: Pulse, ago: float, awake_ago: float | None
 ) -> None:
     awake = 0.0 if awake_ago is None else time.monotonic() - awake_ago
-    assert watchdog(own, (other, ago), awake=awake)._silent_rank() is None
+    assert watchdog(own(), (other, ago), awake=awake)._silent_rank() is None
 
 
 def test_a_rank_that_stops_before_it_could_say_that_it_has_loaded_is_named() -> None:
@@ -139,14 +146,14 @@ def test_the_rank_that_is_behind() -> None:
 @pytest.mark.parametrize(
     ("own", "other"),
     [
-        (waiting(500), pulse(1, count=0)),
-        (waiting(9999, limited=False), pulse(1, count=0)),
-        (waiting(9999), pulse(1, count=0, limited=False, phase="evaluation")),
+        (late(500), pulse(1, count=0)),
+        (late(9999, limited=False), pulse(1, count=0)),
+        (late(9999), pulse(1, count=0, limited=False, phase="evaluation")),
     ],
     ids=["in time", "no limit here", "waits for a phase without limit"],
 )
-def test_phases_without_limit(own: Progress, other: Pulse) -> None:
-    assert watchdog(own, (other, 1))._stuck() is None
+def test_phases_without_limit(own: Callable[[], Progress], other: Pulse) -> None:
+    assert watchdog(own(), (other, 1))._stuck() is None
 
 
 def test_marks_and_phases() -> None:
