@@ -47,6 +47,7 @@ TABLES = {
     "supervised_positions_cuda": tables.supervised_positions,
     "vision_position_lookup": tables.vision_position_lookup,
     "relative_position_lookup": tables.relative_position_lookup,
+    "memory_plan": tables.memory_plan,
     "patches_e2b_small_cpu": tables.price_tags,
     "patches_tiny_cpu": tables.price_tags,
     "patches_e2b_cuda": tables.price_tags,

@@ -222,6 +222,30 @@ def checkpoint_saves(result: Result) -> str:
     return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
 
 
+def memory_plan(result: Result) -> str:
+    """Planned and measured peaks of whole steps."""
+    settings, bound = result["settings"], result["bound"]
+    size = (
+        f"{settings['threads']} thread(s), medians of {settings['repetitions']} processes; aim: "
+        f"within {bound['fraction']:.0%} or {bound['mib']} MiB."
+    )
+    header = ["model", "run", "batch", "planned", "measured (min-max)", "error", "plan took"]
+    rows = [
+        [
+            f"{row['size']}, {row['num_parameters'] / 1e6:,.1f} M",
+            f"`{' '.join(row['overrides'])}`",
+            row["batch"],
+            f"{row['planned_mib']:,.0f} MiB, {row['phase']}",
+            interval(row["measured_mib"], 1.0, 0) + " MiB",
+            f"{row['error']:+.1%}, {row['error_mib']:+,.0f} MiB"
+            + ("" if row["within"] else " (missed)"),
+            f"{row['plan_seconds']:.0f} s",
+        ]
+        for row in result["cases"].values()
+    ]
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
 def data_preparation(result: Result) -> str:
     """Rows a second, and how often TRL's."""
     settings = result["settings"]

@@ -26,6 +26,7 @@ SUITES = (
     "checkpoint_saves",
     "data_preparation",
     "default_run",
+    "memory_plan",
 )
 
 

@@ -21,24 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY)]  # of this checkout, installed or not
+# Of this checkout, installed or not.
+sys.path[:0] = [str(REPOSITORY / place) for place in ("src", ".", "scripts")]
 
-import hydra
-from hydra.errors import HydraException
+from command_line import compose, finish, own_keys
 from rich.console import Console
 
-from gemtune.composition import explain, with_unchecked_keys
-from gemtune.config import RunConfig, typed
 from gemtune.console import Screen
 from gemtune.data import OtherMedia, prepare
-from gemtune.errors import ConfigError, UserError
 from gemtune.models import load_processing
-from gemtune.options import did_you_mean, option, require_choice, require_range
+from gemtune.options import option, require_choice, require_range
 from gemtune.preview import make_preview, print_preview
 from gemtune.preview_page import preview_page
-
-CONFIGS = REPOSITORY / "configs"
-PREFIX = "preview."
 
 
 @dataclasses.dataclass
@@ -55,40 +49,9 @@ class PreviewConfig:
         require_choice("preview.split", self.split, ["train", "eval"])
 
 
-def own_keys(arguments: Sequence[str]) -> tuple[PreviewConfig, list[str]]:
-    """The keys that start with `preview.` as values, and the arguments that are left."""
-    values: dict[str, str | int | bool] = {}
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(PreviewConfig)}
-    for argument in arguments:
-        if not argument.startswith(PREFIX):
-            continue
-        key, equals, value = argument.removeprefix(PREFIX).partition("=")
-        if key not in kinds or not equals:
-            raise ConfigError(
-                f"{argument} is not a key of the preview.{did_you_mean(key, kinds)} "
-                f"Keys: {', '.join(PREFIX + name for name in kinds)}."
-            )
-        if kinds[key] is bool and value.lower() in ("true", "false"):
-            values[key] = value.lower() == "true"
-        elif kinds[key] is int and value.isdigit():
-            values[key] = int(value)
-        elif kinds[key] is str:
-            values[key] = value
-        else:
-            wanted = "true or false" if kinds[key] is bool else "a whole number"
-            raise ConfigError(f"{argument}: {PREFIX}{key} wants {wanted}.")
-    return PreviewConfig(**values), [a for a in arguments if not a.startswith(PREFIX)]
-
-
-def compose(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that train.py would make of these arguments."""
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return typed(hydra.compose("train", with_unchecked_keys(list(arguments))))
-
-
 def show(arguments: Sequence[str]) -> int:
     """Print the preview, write the page; the exit status."""
-    own, rest = own_keys(arguments)
+    own, rest = own_keys("preview", PreviewConfig, arguments)
     config = compose(rest)
     processing = load_processing(config.model)
     screen = Screen(True)
@@ -120,16 +83,7 @@ def show(arguments: Sequence[str]) -> int:
 
 def main() -> int:
     """The exit status."""
-    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    try:
-        return show(sys.argv[1:])
-    except HydraException as error:
-        print(f"error: {explain(str(error), CONFIGS)}", file=sys.stderr)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+    return finish(str(__doc__), show)
 
 
 if __name__ == "__main__":

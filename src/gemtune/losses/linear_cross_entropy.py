@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from gemtune.losses import traced
+from gemtune.losses.budgets import default_chunk_bytes
 from gemtune.losses.checks import check_low_rank, check_options, check_tensors, is_dtensor
 from gemtune.losses.functions import PerTokenLoss, ReducedLoss
 from gemtune.losses.supervision import has_values, keep_supervised
-from gemtune.losses.tiles import MIB, Settings, accumulator_dtype
-
-CPU_CHUNK_BYTES = 256 * MIB
-ACCELERATOR_CHUNK_BYTES = 1024 * MIB
+from gemtune.losses.tiles import Settings, accumulator_dtype
 
 
 class LinearCrossEntropyMetrics(NamedTuple):
@@ -83,8 +81,7 @@ def linear_cross_entropy(
     if low_rank is not None:
         check_low_rank(hidden, weight, low_rank)
     matmul_dtype = choose_matmul_dtype(hidden, weight)
-    default_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    chunk_bytes = chunk_bytes or default_bytes
+    chunk_bytes = chunk_bytes or default_chunk_bytes(hidden.device)
     settings = Settings(softcap, label_smoothing, z_loss_weight, chunk_bytes, metrics, matmul_dtype)
     low_rows, low_weight = low_rank or (None, None)
     if traced.is_tracing():

@@ -15,11 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemtune.losses.budgets import ACCELERATOR_TILE_BYTES, MIB, tile_bytes
 from gemtune.losses.fused import fused_softmax
 
-MIB = 1 << 20
-CPU_TILE_BYTES = 2 * MIB  # with its scratch still in cache; 64 MiB costs 1.5 times as much
-ACCELERATOR_TILE_BYTES = 64 * MIB  # large enough to hide kernel launches
 WIDENED_WEIGHT_BYTES = 16 * MIB  # float32 copy of a slice of a half-precision weight
 
 
@@ -263,8 +261,7 @@ def softmax_chunk(logits_RV, grad_RV, targets_R, scale_R, records, settings: Set
 def tile_slices(logits_RV: Tensor) -> list[slice]:
     """Cut the rows of a chunk into tiles, the first one the largest."""
     num_rows, vocab_size = logits_RV.shape
-    tile_bytes = CPU_TILE_BYTES if logits_RV.device.type == "cpu" else ACCELERATOR_TILE_BYTES
-    step = max(1, tile_bytes // (max(1, vocab_size) * logits_RV.element_size()))
+    step = max(1, tile_bytes(logits_RV.device) // (max(1, vocab_size) * logits_RV.element_size()))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 

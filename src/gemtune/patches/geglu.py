@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from gemtune.errors import PatchError
@@ -94,6 +95,9 @@ class _Kept:
         return self.tensor
 
 
+_PLAIN = (torch.Tensor, FakeTensor)
+
+
 @dataclass(frozen=True)
 class _Recomputed:
     """The product of gate and up, to be computed again. It keeps what _Geglu keeps anyway."""
@@ -124,23 +128,28 @@ class _ProductRecomputed(saved_tensors_hooks):
         self, product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: _Activated
     ) -> None:
         # The product itself must not be held here: autograd may hold these hooks.
-        address, size, dtype = product.data_ptr(), product.numel(), product.dtype
+        place, size, dtype = _place(product), product.numel(), product.dtype
         version = product._version
         gate_kept, up_kept = _keep(gate), _keep(up)
 
         def pack(tensor: torch.Tensor) -> _Kept | _Recomputed:
             if (
-                type(tensor) is torch.Tensor  # the weights of some quantisers have no address
+                type(tensor) in _PLAIN  # the weights of some quantisers have no place
                 and tensor.numel() == size
                 and tensor.dtype == dtype
                 and tensor.is_contiguous()
-                and tensor.data_ptr() == address
+                and _place(tensor) == place
                 and tensor._version == version
             ):
                 return _Recomputed(gate_kept, up_kept, activated, tensor.shape)
             return _keep(tensor)
 
         super().__init__(pack, _unpack)
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where it begins in memory, for tensors without values (of a plan) as well."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _unpack(saved: _Kept | _Recomputed) -> torch.Tensor:
@@ -152,8 +161,8 @@ def _may_recompute(gate: torch.Tensor, up: torch.Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and (gate.requires_grad or up.requires_grad)
-        and type(gate) is torch.Tensor
-        and type(up) is torch.Tensor
+        and type(gate) in _PLAIN
+        and type(up) in _PLAIN
         and gate.is_contiguous()  # then so is the product, whose order in memory is its own
         and not torch.compiler.is_compiling()
         # Hooks that are there already (checkpointing, offloading) must see every tensor, and

@@ -95,6 +95,8 @@ class HostMemory:
         Raises:
             PatchError: no space in the folder, or memory that cannot be pinned.
         """
+        if any(value.is_meta for value in values):
+            return list(values)  # there is nothing to hold
         if self.kind == ORDINARY or not values:
             return [value.cpu() for value in values]
         offsets, size = packed(values)

@@ -89,7 +89,7 @@ def test_only_needed_matmuls_over_supervised_rows(reduction, trains, expected, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_exceeds_the_budget(dtype, monkeypatch):
-    monkeypatch.setattr("gemtune.losses.tiles.CPU_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr("gemtune.losses.budgets.CPU_TILE_BYTES", 1 << 14)
     hidden, weight, labels = problem(400, 8, 2003, ignored=0.5, dtype=dtype)
     chunk_bytes = 2003 * 4 * 16
     with Recorder() as recorder:
@@ -216,7 +216,7 @@ def test_half_gradients_share_the_buffer_of_the_logits(softcap, monkeypatch):
 
     monkeypatch.setattr("gemtune.losses.tiles.mixed_matmul_support", lambda *_: (True, True))
     monkeypatch.setattr("gemtune.losses.tiles.multiply_into", emulated)
-    monkeypatch.setattr("gemtune.losses.tiles.CPU_TILE_BYTES", 997 * 4 * 7)
+    monkeypatch.setattr("gemtune.losses.budgets.CPU_TILE_BYTES", 997 * 4 * 7)
     for num_chunks in (1, 4):
         loss = linear_cross_entropy(
             hidden, weight, labels, softcap=softcap, chunk_bytes=997 * 4 * (384 // num_chunks)

@@ -1,0 +1,187 @@
+"""The memory that a run will take, from its configuration: no weights, no GPU, no download."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemtune import adapters, patches
+from gemtune.attention import separate_documents
+from gemtune.config import RunConfig
+from gemtune.data import Batch
+from gemtune.errors import ConfigError
+from gemtune.losses import HostLabels
+from gemtune.losses.budgets import accelerator_budgets
+from gemtune.models import Processing, base_model, load_model, load_processing
+from gemtune.options import option, require_choice, require_range
+from gemtune.parallel import FSDP2
+from gemtune.patches.host_memory import host_parameters
+from gemtune.planning.batch import largest_batch
+from gemtune.planning.shadow import Shadow
+from gemtune.planning.step import StepPlan, follow_step
+
+_BUNDLED = {
+    "google/gemma-4-E2B-it": "gemma-4-e2b.json",
+    "google/gemma-4-E4B-it": "gemma-4-e4b.json",
+    "google/gemma-4-26B-A4B-it": "gemma-4-26b-a4b.json",
+    "google/gemma-4-31B-it": "gemma-4-31b.json",
+}
+_AUTOCAST = {"no": None, "bf16": torch.bfloat16}
+
+
+@dataclass
+class PlanConfig:
+    """The keys of the plan itself."""
+
+    images_per_row: int = option(0, "images of full size in each row")
+    learned_fraction: float = option(1.0, "share of a row that is learned; less text, less memory")
+    world_size: int = option(1, "processes; with parallel=ddp each has buckets of gradients")
+    device_memory_gib: float | None = option(None, "say whether it fits, and what would make it")
+    device: str = option("cuda", "cuda, or cpu: the loss takes smaller chunks there")
+    output: str = option("", "write the plan to this JSON file as well")
+
+    def __post_init__(self) -> None:
+        require_range("plan.images_per_row", self.images_per_row, at_least=0)
+        require_choice("plan.device", self.device, ["cuda", "cpu"])
+        require_range("plan.world_size", self.world_size, at_least=1)
+        require_range("plan.device_memory_gib", self.device_memory_gib, above=0)
+        if not 0 < self.learned_fraction <= 1:
+            raise ConfigError(f"plan.learned_fraction={self.learned_fraction} must be in (0, 1].")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one process of a run takes on its device."""
+
+    step: StepPlan
+    bucket_bytes: int
+    """Of DDP: a second copy of all gradients, from the first step on."""
+    host_bytes: int
+    """Of weights that patches keep in host memory."""
+    num_trained: int
+    """Parameters."""
+    num_parameters: int
+    batch: str
+    """What was planned for."""
+    report: str
+    """The patches."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that tensors take at once."""
+        return self.step.peak.total_bytes + self.bucket_bytes
+
+
+def plan_memory(
+    config: RunConfig, plan: PlanConfig, progress: Callable[[str], None] = lambda said: None
+) -> MemoryPlan:
+    """Follow one step of the run on the largest batch that it can meet.
+
+    The model, its patches and its adapter are those of the run; tensors of floating point have no
+    values. Batches count with `data.max_length` tokens in every row.
+
+    Raises:
+        UserError: as the run would; ConfigError: `parallel=fsdp2`, which is not planned yet.
+    """
+    if config.parallel.strategy == FSDP2:
+        raise ConfigError(
+            "parallel=fsdp2: what shards take is not planned yet. parallel=ddp plans a process "
+            "that holds the whole model; sharded over N, weights, gradients and optimizer state "
+            "take about an N-th of what it says."
+        )
+    config = copy.deepcopy(config)  # building decides some of its keys
+    processing = processing_for_plan(config)
+    progress("building the model")
+    shadow = Shadow()
+    base = load_model(config.model, processing, config.run.seed, without_weights=True)
+    report = patches.apply(base, config.patches)
+    if config.data.packing:
+        separate_documents(base)
+    model = shadow.without_values(adapters.attach(base, config.adapter))
+    optimizer = config.optim.build(model)
+    hosted = [model.get_parameter(name) for name in host_parameters(model)]
+    shadow.leave_out(hosted)
+    batch, inputs = largest_inputs(config, plan, processing.model_config, shadow.empty)
+    with accelerator_budgets() if plan.device == "cuda" else nullcontext():
+        step = follow_step(
+            shadow,
+            model,
+            optimizer,
+            inputs,
+            loss_begins_after=base_model(base),
+            max_grad_norm=config.loop.max_grad_norm,
+            autocast_dtype=_AUTOCAST[config.parallel.mixed_precision],
+            progress=progress,
+        )
+    parameters = list(model.parameters())
+    trained_bytes = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    tokens = f"{batch.labels.numel():,} tokens"
+    images = plan.images_per_row * config.loop.micro_batch_size
+    return MemoryPlan(
+        step=step,
+        bucket_bytes=trained_bytes if plan.world_size > 1 else 0,
+        host_bytes=sum(p.numel() * p.element_size() for p in hosted),
+        num_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        num_parameters=sum(p.numel() for p in parameters),
+        batch=f"{len(batch.labels)} rows, {tokens}, {batch.num_supervised_tokens:,} of them "
+        f"learned, {images} images",
+        report=str(report),
+    )
+
+
+def processing_for_plan(config: RunConfig) -> Processing:
+    """The model's configuration: bundled for the released sizes, read where it is another one."""
+    name = _BUNDLED.get(config.model.path)
+    if name is None:
+        return load_processing(config.model)
+    from transformers import Gemma4Config
+
+    folder = Path(str(importlib.resources.files("gemtune"))) / "assets" / "configs"
+    model_config = Gemma4Config.from_dict(json.loads((folder / name).read_text()))
+    # The folder, so that nothing is looked for on the hub.
+    return Processing(None, None, model_config, str(folder), {}, None, {})
+
+
+def largest_inputs(
+    config: RunConfig,
+    plan: PlanConfig,
+    model_config: Any,
+    empty: Callable[[torch.Size, torch.dtype], Tensor],
+) -> tuple[Batch, list[tuple[dict[str, Tensor], dict[str, Any]]]]:
+    """The largest batch, and what the loop gives the model of it for each micro-batch.
+
+    Args:
+        empty: makes pixels; nothing looks at their values.
+    """
+    batch = largest_batch(
+        model_config,
+        num_rows=config.loop.micro_batch_size,
+        row_tokens=config.data.max_length,
+        images_per_row=plan.images_per_row,
+        learned_fraction=plan.learned_fraction,
+        packed=config.data.packing,
+    )
+    # Gradients of earlier micro-batches are there when the last one begins.
+    rows_of_rank = config.loop.global_batch_size // plan.world_size
+    num_micro_batches = 1 if rows_of_rank <= config.loop.micro_batch_size else 2
+    options: dict[str, Any] = {"use_cache": False}
+    if not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(config.patches):
+        options |= {"skip_logits": True, "host_labels": HostLabels(batch.labels)}
+
+    def inputs() -> dict[str, Tensor]:
+        values = {
+            name: empty(v.shape, v.dtype) if v.is_floating_point() else v.clone()
+            for name, v in batch.inputs.items()
+        }
+        return values | {"labels": batch.labels.clone()}
+
+    return batch, [(inputs(), options) for _ in range(num_micro_batches)]

@@ -1,0 +1,146 @@
+"""One optimizer step of a model without values, with what it holds in each phase."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemtune.parallel.gradients import clip_gradients
+from gemtune.planning.storages import (
+    GRADIENTS,
+    INPUTS,
+    OPTIMIZER_STATE,
+    PARAMETERS,
+    Peak,
+    StorageFollower,
+)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step holds at most, phase by phase. Bytes on the device."""
+
+    peaks: dict[str, Peak]
+    """Of forward, loss, backward and optimizer."""
+    parameters_bytes: int
+
+    @property
+    def phase(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.peaks, key=lambda name: self.peaks[name].total_bytes)
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all."""
+        return self.peaks[self.phase]
+
+
+def follow_step(
+    follower: StorageFollower,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
+    *,
+    loss_begins_after: nn.Module,
+    max_grad_norm: float | None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> StepPlan:
+    """A step as `gemtune.loop.step` makes it, past the first: the optimizer has its state.
+
+    Args:
+        follower: a `Shadow` for a model without values; with a plain one the step is real.
+        batches: inputs, labels among them, and options of the forward, of each micro-batch.
+        loss_begins_after: the module whose return ends the forward phase.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with follower:
+        follower.add((*model.parameters(), *model.buffers()), PARAMETERS)
+        parameters_bytes = follower.live_bytes
+        _make_state(follower, optimizer, trained)
+        with (
+            follower.attributing(model),
+            _gradients_known(follower, trained),
+            _loss_begins(follower, loss_begins_after),
+        ):
+            _run(follower, model, optimizer, batches, max_grad_norm, autocast_dtype, progress)
+    return StepPlan(follower.peaks(), parameters_bytes)
+
+
+def _run(
+    follower: StorageFollower,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
+    max_grad_norm: float | None,
+    autocast_dtype: torch.dtype | None,
+    progress: Callable[[str], None],
+) -> None:
+    autocast = torch.autocast("cpu", autocast_dtype) if autocast_dtype else None
+    for inputs, options in batches:
+        with follower.phase("forward"):
+            progress("forward")
+            follower.add(inputs.values(), INPUTS)
+            with autocast or contextlib.nullcontext():
+                output = model(**inputs, **options)
+            loss = output.loss.double()
+            follower.enter("backward")
+            progress("backward")
+            loss.backward()
+            del output, loss
+    with follower.phase("optimizer"):
+        progress("optimizer")
+        clip_gradients(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _make_state(
+    follower: StorageFollower, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]
+) -> None:
+    """The state that a first step leaves behind."""
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    # A step that changes nothing, were the weights real ones.
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    state = (v for values in optimizer.state.values() for v in values.values())
+    follower.add((v for v in state if isinstance(v, Tensor)), OPTIMIZER_STATE)
+
+
+@contextlib.contextmanager
+def _gradients_known(follower: StorageFollower, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Count under gradients what has become one."""
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p: follower.add([p.grad], GRADIENTS))
+        for p in trained
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _loss_begins(follower: StorageFollower, module: nn.Module) -> Iterator[None]:
+    def enter(*_: object) -> None:
+        if follower.current_phase == "forward":
+            follower.enter("loss")
+
+    handle = module.register_forward_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()

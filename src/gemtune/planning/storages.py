@@ -1,0 +1,181 @@
+"""What memory a piece of a program holds, tensor by tensor, and what held it at the peak."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+PARAMETERS, GRADIENTS, INPUTS = "parameters", "gradients", "inputs"
+OPTIMIZER_STATE = "optimizer state"
+CUDA_BLOCK_BYTES = 512
+"""What the allocator of CUDA rounds every size up to (c10/cuda/CUDACachingAllocator)."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was held at once during a phase, and by what."""
+
+    total_bytes: int
+    by_kind: dict[str, int]
+    """Parameters, gradients, optimizer state, inputs; the rest by the phase that made it."""
+    by_module: dict[str, int]
+    """What was made in forward, loss and backward, by the module at work; "" outside of all."""
+
+
+@dataclass
+class _Entry:
+    num_bytes: int
+    kind: str
+    module: str
+    alive: weakref.ref
+
+
+@dataclass
+class StorageFollower(TorchDispatchMode):
+    """Counts the storages that exist, each once whatever the number of its views.
+
+    A storage counts from the operator that returns it until nothing refers to it. What an operator
+    takes and gives back within itself (the workspace of a matmul) is not seen. It works on tensors
+    with and without values alike.
+
+    Args:
+        block_bytes: sizes are rounded up to a multiple of it.
+    """
+
+    block_bytes: int = CUDA_BLOCK_BYTES
+    live_bytes: int = field(init=False, default=0)
+    _entries: dict[int, _Entry] = field(init=False, default_factory=dict, repr=False)
+    _kinds: Counter[str] = field(init=False, default_factory=Counter, repr=False)
+    _modules: Counter[str] = field(init=False, default_factory=Counter, repr=False)
+    _phase: str = field(init=False, default="")
+    _peaks: dict[str, Peak] = field(init=False, default_factory=dict, repr=False)
+    _highest: int = field(init=False, default=0)
+    _is_rising: bool = field(init=False, default=False)
+    _path: list[str] = field(init=False, default_factory=lambda: [""], repr=False)
+    _elsewhere: set[int] = field(init=False, default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._see(out)
+        return out
+
+    def _see(self, out: Any) -> None:
+        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage(), self._phase, self._path[-1])
+
+    def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Count these under `kind`, whatever they were counted under before."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            entry = self._entries.get(storage._cdata)
+            if entry is None:
+                self._count(storage, kind, "")
+            elif entry.kind != kind:
+                self._move(entry, -1)
+                entry.kind, entry.module = kind, ""
+                self._move(entry, 1)
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These lie in other memory and never count. They must outlive the follower."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._elsewhere.add(storage._cdata)
+            self._forget(storage._cdata)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is made here is made in this phase; its peak is kept."""
+        self._phase, self._highest, self._is_rising = name, 0, False
+        self._rise()
+        try:
+            yield
+        finally:
+            self._keep_peak()
+            self._phase = ""
+
+    def enter(self, name: str) -> None:
+        """End the running phase and begin another, within `phase`."""
+        self._keep_peak()
+        self._phase, self._highest = name, 0
+        self._rise()
+
+    @property
+    def current_phase(self) -> str:
+        """The running phase; "" outside of all."""
+        return self._phase
+
+    def peaks(self) -> dict[str, Peak]:
+        """The highest peak of each phase, in the order in which they came first."""
+        return dict(self._peaks)
+
+    @contextmanager
+    def attributing(self, model: nn.Module) -> Iterator[None]:
+        """Remember which module is at work."""
+        handles = []
+        for name, module in model.named_modules():
+            handles += [
+                module.register_forward_pre_hook(lambda *_, name=name: self._path.append(name)),
+                module.register_forward_hook(lambda *_: self._leave(), always_call=True),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _leave(self) -> None:
+        self._path.pop()
+
+    def _count(self, storage: torch.UntypedStorage, kind: str, module: str) -> None:
+        key = storage._cdata
+        if key in self._entries or key in self._elsewhere:
+            return
+        num_bytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        if not num_bytes:
+            return
+        alive = weakref.ref(storage, lambda _: self._forget(key))
+        entry = _Entry(num_bytes, kind, module, alive)
+        self._entries[key] = entry
+        self._move(entry, 1)
+        self.live_bytes += num_bytes
+        self._rise()
+
+    def _rise(self) -> None:
+        if self.live_bytes > self._highest:
+            self._highest, self._is_rising = self.live_bytes, True
+
+    def _forget(self, key: int) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        if self._is_rising and self.live_bytes == self._highest:
+            self._keep_peak()  # of what is held now, before some of it goes
+        self._is_rising = False
+        self.live_bytes -= entry.num_bytes
+        self._move(entry, -1)
+
+    def _move(self, entry: _Entry, sign: int) -> None:
+        self._kinds[entry.kind] += sign * entry.num_bytes
+        if entry.kind not in (PARAMETERS, GRADIENTS, OPTIMIZER_STATE, INPUTS):
+            self._modules[entry.module] += sign * entry.num_bytes
+
+    def _keep_peak(self) -> None:
+        known = self._peaks.get(self._phase)
+        is_higher = known is None or self._highest > known.total_bytes
+        if self._phase and self.live_bytes == self._highest and is_higher:
+            self._peaks[self._phase] = Peak(self._highest, +self._kinds, +self._modules)

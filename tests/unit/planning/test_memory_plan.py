@@ -1,0 +1,161 @@
+"""A plan is, to the byte, what the same step holds when it is really made."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from whole_runs import compose
+
+from gemtune import adapters, patches
+from gemtune.config import RunConfig
+from gemtune.errors import ConfigError
+from gemtune.losses.budgets import accelerator_budgets
+from gemtune.models import base_model, load_model, load_processing
+from gemtune.patches.host_memory import host_parameters
+from gemtune.planning import MemoryPlan, PlanConfig, plan_memory
+from gemtune.planning.memory_plan import largest_inputs, processing_for_plan
+from gemtune.planning.proposals import fits, propose
+from gemtune.planning.step import StepPlan, follow_step
+from gemtune.planning.storages import StorageFollower
+
+SMALL = ("loop.micro_batch_size=2", "data.max_length=64")
+WITH_IMAGE = "data.max_length=96"
+CASES: dict[str, tuple[tuple[str, ...], PlanConfig]] = {
+    "full": ((WITH_IMAGE,), PlanConfig(images_per_row=1, learned_fraction=0.3)),
+    "full, stock": (("patches=[]",), PlanConfig()),
+    "recomputed in bfloat16": (
+        (WITH_IMAGE, "model.gradient_checkpointing=true", "parallel.mixed_precision=bf16"),
+        PlanConfig(images_per_row=1),
+    ),
+    "lora": (
+        ("recipe=gemma4_lora", "model.freeze=[ple,vision]", "data.packing=true")
+        + ("patches=[linear_cross_entropy,supervised_positions,ple_offload]",),
+        PlanConfig(learned_fraction=0.2),
+    ),
+}
+
+
+def really(config: RunConfig, plan: PlanConfig) -> StepPlan:
+    """The same step with weights that have values, followed."""
+    config = copy.deepcopy(config)
+    processing = load_processing(config.model)
+    base = load_model(config.model, processing, seed=0)
+    patches.apply(base, config.patches)
+    model = adapters.attach(base, config.adapter)
+    follower = StorageFollower()
+    follower.leave_out([model.get_parameter(name) for name in host_parameters(model)])
+    zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
+    inputs = largest_inputs(config, plan, processing.model_config, zeros)[1]
+    mixed = config.parallel.mixed_precision == "bf16"
+    with accelerator_budgets():
+        return follow_step(
+            follower,
+            model,
+            config.optim.build(model),
+            inputs,
+            loss_begins_after=base_model(base),
+            max_grad_norm=config.loop.max_grad_norm,
+            autocast_dtype=torch.bfloat16 if mixed else None,
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_of_a_step_is_the_step(name: str) -> None:
+    overrides, settings = CASES[name]
+    config = compose("model.weights=random", *SMALL, *overrides)
+    planned = plan_memory(config, settings).step
+    found = really(config, settings)
+    assert list(planned.peaks) == list(found.peaks) == ["forward", "loss", "backward", "optimizer"]
+    for phase, peak in found.peaks.items():
+        assert planned.peaks[phase].total_bytes == peak.total_bytes, phase
+        assert planned.peaks[phase].by_kind == peak.by_kind, phase
+    assert planned.parameters_bytes == found.parameters_bytes
+
+
+def test_adam_holds_two_values_for_each_parameter() -> None:
+    plan = plan_memory(compose(*SMALL), PlanConfig())
+    assert plan.num_trained == plan.num_parameters == 1_408_304
+    held = plan.step.peaks["forward"].by_kind
+    least = 4 * plan.num_parameters
+    assert least <= held["parameters"] < 1.05 * least
+    assert 2 * least <= held["optimizer state"] < 2.2 * least
+
+
+def test_ddp_has_buckets_and_hosted_weights_do_not_count() -> None:
+    arguments = (*SMALL, "model.freeze=[ple]", "patches=[ple_offload]")
+    alone = plan_memory(compose(*arguments), PlanConfig())
+    shared = plan_memory(compose(*arguments), PlanConfig(world_size=2))
+    assert shared.bucket_bytes == 4 * alone.num_trained
+    assert shared.peak_bytes == alone.peak_bytes + shared.bucket_bytes
+    here = plan_memory(compose(*arguments[:-1], "patches=[]"), PlanConfig())
+    assert here.host_bytes == 0 < alone.host_bytes
+    assert here.step.parameters_bytes - alone.step.parameters_bytes == alone.host_bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "billions"), [("e2b", 5.1), ("e4b", 8.0), ("26b_a4b", 26.0), ("31b", 31.0)]
+)
+def test_released_sizes_need_no_download(
+    monkeypatch: pytest.MonkeyPatch, size: str, billions: float
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = compose("recipe=gemma4_lora", f"model={size}")
+    processing = processing_for_plan(config)
+    model = load_model(config.model, processing, seed=0, without_weights=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == pytest.approx(billions * 1e9, rel=0.03)
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fsdp2: what shards take is not planned yet"):
+        plan_memory(compose("parallel=fsdp2"), PlanConfig())
+    with pytest.raises(ConfigError, match=r"9 images of 70 tokens.*At most 1 do"):
+        plan_memory(compose("data.max_length=128"), PlanConfig(images_per_row=9))
+    with pytest.raises(ConfigError, match="learned_fraction=0 must be in"):
+        PlanConfig(learned_fraction=0)
+
+
+def test_changes_are_planned_until_the_run_fits() -> None:
+    arguments = (
+        "loop.micro_batch_size=4",
+        "data.max_length=64",
+        "model.gradient_checkpointing=true",
+    )
+
+    def plan(overrides: tuple[str, ...]) -> tuple[RunConfig, MemoryPlan]:
+        config = compose(*arguments, *overrides)
+        return config, plan_memory(config, PlanConfig())
+
+    config, planned = plan(())
+    # Room for what half the micro-batch takes, beside the GiB that is reserved.
+    enough = 1 + 0.9 * planned.peak_bytes / 2**30
+    found = list(propose(config, enough, plan, planned))
+    assert [p.fits for p in found] == [False] * (len(found) - 1) + [True]
+    assert found[-1].overrides[-1].startswith("loop.micro_batch_size=")
+    assert found[-1].plan.peak_bytes == plan(found[-1].overrides)[1].peak_bytes
+    assert fits(found[-1].plan, enough) and not fits(planned, enough)
+
+
+def test_nothing_is_promised_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose("loop.micro_batch_size=2")
+    planned = plan_memory(compose(*SMALL), PlanConfig())
+    asked: list[Any] = []
+
+    def replan(overrides: tuple[str, ...]) -> tuple[RunConfig, MemoryPlan]:
+        asked.append(overrides)
+        return compose("loop.micro_batch_size=2", *overrides), planned
+
+    found = list(propose(config, 0.5, replan, planned))
+    assert [p.overrides for p in found] == asked and not any(p.fits for p in found)
+    # None of them saved anything, so none is kept for the next.
+    assert all(len(overrides) == 1 for overrides in asked)
+    assert {o.partition("=")[0] for (o,) in asked} == {
+        "model.gradient_checkpointing",
+        "loop.micro_batch_size",
+        "parallel.mixed_precision",
+        "model.freeze",
+        "adapter",
+    }

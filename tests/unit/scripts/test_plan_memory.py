@@ -1,0 +1,72 @@
+"""The script: the keys of train.py, and its own; what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "plan_memory.py"
+SMALL = ("loop.micro_batch_size=2", "data.max_length=64")
+
+
+def plan_memory(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_plan_on_the_screen_and_as_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    images = ("data.max_length=96", "plan.images_per_row=1")
+    done = plan_memory("loop.micro_batch_size=2", *images, f"plan.output={path}")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(path.read_text())
+    assert f"peak: {plan['peak_bytes'] / 2**30:.2f} GiB of tensors, in {plan['phase']}" in (
+        done.stdout
+    )
+    assert "planned for 2 rows, 192 tokens" in done.stdout and "2 images" in done.stdout
+    assert list(plan["phases"]) == ["forward", "loss", "backward", "optimizer"]
+    for phase in plan["phases"].values():
+        assert sum(phase["by_kind"].values()) == phase["peak_bytes"]
+    highest = plan["phases"][plan["phase"]]
+    assert highest["peak_bytes"] == plan["peak_bytes"] > 2**24
+    assert any("language_model.layers.*." in name for name in highest["by_module"])
+    assert "forward" in done.stderr, "it says where it is"
+
+
+def test_where_nothing_fits_it_says_what_was_tried() -> None:
+    fixed = ("adapter=lora", "parallel.mixed_precision=bf16", "model.freeze=[]")
+    done = plan_memory(*SMALL, *fixed, "plan.device_memory_gib=1.001")
+    assert done.returncode == 1, done.stderr
+    assert "does not fit into 1.001 GiB" in done.stdout
+    assert "model.gradient_checkpointing=true" in done.stdout
+    assert "loop.micro_batch_size=1" in done.stdout
+    assert "yes" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ("plan.world_sise=2", "Did you mean 'world_size'?"),
+        ("plan.world_size=two", "plan.world_size wants a whole number"),
+        ("plan.device=tpu", "plan.device"),
+        ("loop.micro_batch_sise=2", "Did you mean 'micro_batch_size'?"),
+        ("parallel=fsdp2", "not planned yet"),
+    ],
+)
+def test_a_mistake_is_one_message(argument: str, answer: str) -> None:
+    done = plan_memory(argument)
+    assert done.returncode == 2
+    assert answer in done.stderr and "Traceback" not in done.stderr
+
+
+def test_alone_it_says_what_it_takes() -> None:
+    assert "plan.device_memory_gib=24" in plan_memory().stdout
