@@ -18,12 +18,12 @@ pytestmark = pytest.mark.xdist_group("fsdp_runs")
 
 SHARDED = "parallel=fsdp2"
 FROZEN = (
-    "loop.max_steps=4",
+    "loop.max_steps=20",
     "model.freeze=[ple,vision]",
     "model.gradient_checkpointing=true",
     "patches=[ple_offload,vision_streaming,linear_cross_entropy,supervised_positions]",
 )
-LORA = ("loop.max_steps=4", "recipe=gemma4_lora", "adapter.parts=[language,vision]")
+LORA = ("loop.max_steps=20", "recipe=gemma4_lora", "adapter.parts=[language,vision]")
 READ = (
     "loop.max_steps=4",
     "recipe=gemma4_lora",

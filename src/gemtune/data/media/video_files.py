@@ -177,7 +177,7 @@ def _opened(content: bytes | Path, where: str, policy: MediaPolicy) -> Iterator[
     except ImportError as error:
         raise DataError(
             f"{where}: video files are decoded by PyAV, which is not installed. Install it: "
-            "pip install 'gemtune[video]'; or give the frames as images."
+            "pip install av; or give the frames as images."
         ) from error
     file = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
     with file:
