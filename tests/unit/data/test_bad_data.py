@@ -224,7 +224,7 @@ def test_a_bad_video_file(run, name):
 
 def test_a_video_file_without_what_decodes_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    check_row(run, "video_too_long.jsonl", "line 2", "pip install 'gemtune.video.'; or give", {})
+    check_row(run, "video_too_long.jsonl", "line 2", "pip install av; or give", {})
 
 
 def test_a_recording_that_is_longer_than_the_model_hears(run):

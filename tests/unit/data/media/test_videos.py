@@ -181,7 +181,7 @@ def test_files_of_transformers_and_ours_have_the_same_frames(av, make, tmp_path)
 
 def test_without_pyav_files_are_refused_and_frames_are_not(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    says = r"^row 3: .* PyAV, which is not installed. Install it: pip install 'gemtune\[video\]'"
+    says = r"^row 3: .* PyAV, which is not installed. Install it: pip install av"
     with pytest.raises(DataError, match=says):
         make().open(b"a video", "row 3")
     assert len(make().open([frame(0)], "row 3").indices) == 1
