@@ -13,7 +13,7 @@ KILLS ?= 100
 
 # The transformers releases of `make test-matrix`, what they are tested with, and which tests.
 MATRIX ?= 5.5.4 5.9.0 5.17.0 5.23.0
-MATRIX_PACKAGES := 'torch>=2.11,<2.14' accelerate peft pillow jinja2 'pytest<9.2' pytest-xdist
+MATRIX_PACKAGES := 'torch>=2.11,<2.14' accelerate datasets peft pillow jinja2 'pytest<9.2' pytest-xdist
 MATRIX_TESTS := tests/contracts tests/unit/attention tests/unit/patches tests/unit/losses tests/trainers
 
 READY := $(VENV)/.ready
