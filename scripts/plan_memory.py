@@ -20,6 +20,8 @@ for them. The exit status is 1 where nothing was found that fits.
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ sys.path[:0] = [str(REPOSITORY / place) for place in ("src", ".", "scripts")]
 
 from command_line import compose, finish, own_keys
 from rich.console import Console
+from rich.text import Text
 
 from gemtune.config import RunConfig
 from gemtune.planning import MemoryPlan, PlanConfig, plan_memory
@@ -40,6 +43,8 @@ from gemtune.planning.proposals import Proposal, fits, propose
 
 def show(arguments: Sequence[str]) -> int:
     """Print the plan, write the document; the exit status."""
+    # What a patch has to say once about its batches is not about the run's.
+    logging.getLogger("gemtune").setLevel(logging.ERROR)
     own, rest = own_keys("plan", PlanConfig, arguments)
     config = compose(rest)
     width = None if sys.stdout.isatty() else 120
@@ -67,6 +72,9 @@ def show(arguments: Sequence[str]) -> int:
             found = list(propose(config, own.device_memory_gib, replan, plan))
             console.print(proposals_page(found, own.device_memory_gib))
             does_fit = bool(found) and found[-1].fits
+            with_what = shlex.join(found[-1].overrides) if does_fit else ""
+            last = f"fits with: {with_what}" if does_fit else "nothing was found that fits"
+            console.print(Text(last), soft_wrap=True)  # one line, to be copied
     if own.output:
         document = plan_document(plan, found)
         path = Path(own.output).expanduser()

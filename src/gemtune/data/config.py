@@ -65,7 +65,7 @@ class DataConfig:
     max_media_bytes: int = option(200_000_000, "a larger file is a bad row, and not read")
     max_video_seconds: float = option(300.0, "a longer video is a bad row, and not decoded")
     max_video_frames: int = option(20_000, "the same for one of more frames; 32 are used")
-    verify_images: bool = option(
+    verify_media: bool = option(
         False, "decode every image, video and audio in the check, not its header alone"
     )
     packing: bool = option(
@@ -184,7 +184,7 @@ class DataConfig:
             max_media_bytes=self.max_media_bytes,
             max_video_seconds=self.max_video_seconds,
             max_video_frames=self.max_video_frames,
-            verify_images=self.verify_images,
+            verify_media=self.verify_media,
         )
 
     def read_train(self) -> Source:

@@ -55,19 +55,24 @@ def plan_page(plan: MemoryPlan) -> RenderableType:
 def proposals_page(proposals: list[Proposal], device_memory_gib: float) -> RenderableType:
     """Each change that was planned, with what it brings."""
     table = Table(
-        title=f"to fit into {device_memory_gib:g} GiB ({RESERVED_GIB:g} of them reserved), each "
-        "with those before it that helped",
+        title=f"to fit into {device_memory_gib:g} GiB, {RESERVED_GIB:g} of them reserved; each "
+        "change on top of those that saved something",
         title_justify="left",
         box=None,
     )
     table.add_column("change", overflow="fold")
     table.add_column("GiB", justify="right")
-    table.add_column("fits")
+    table.add_column("")
     table.add_column("costs", overflow="fold")
     for proposal in proposals:
-        fits = Text("yes", "green") if proposal.fits else Text("no", "red")
-        peak = _gib(proposal.plan.peak_bytes)
-        table.add_row(" ".join(proposal.overrides), peak, fits, proposal.cost)
+        found = Text("saves nothing", "yellow")
+        if proposal.fits:
+            found = Text("fits", "green")
+        elif proposal.saves:
+            found = Text("too much", "red")
+        # Text, because brackets in a plain string would be taken for markup.
+        peak = Text(_gib(proposal.plan.peak_bytes))
+        table.add_row(Text(proposal.change), peak, found, Text(proposal.cost))
     return table
 
 

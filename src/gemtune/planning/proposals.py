@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemtune import patches
 from gemtune.adapters import Adapter
@@ -22,9 +23,14 @@ class Proposal:
     """Changes on top of a configuration, and what a run with them takes."""
 
     overrides: tuple[str, ...]
+    """All of them, as they would be typed."""
+    change: str
+    """The last of them, in short."""
     cost: str
-    """Of the last of them."""
+    """Of the last one."""
     plan: MemoryPlan
+    saves: bool
+    """Whether it is less than before it; else it is not kept for those that follow."""
     fits: bool
 
 
@@ -48,50 +54,56 @@ def propose(
     chosen: tuple[str, ...] = ()
     least = planned.peak_bytes
     tried: set[str] = set()
-    while True:
-        found = next(((o, c) for o, c in _changes(config) if o not in tried), None)
-        if found is None:
-            return
-        override, cost = found
-        tried.add(override)
-        key = override.partition("=")[0]
-        overrides = (*(o for o in chosen if o.partition("=")[0] != key), override)
+    while change := next((c for c in _changes(config) if c.override not in tried), None):
+        tried.add(change.override)
+        key = change.override.partition("=")[0]
+        overrides = (*(o for o in chosen if o.partition("=")[0] != key), change.override)
         changed, plan = replan(overrides)
-        does_fit = fits(plan, device_memory_gib)
-        yield Proposal(overrides, cost, plan, does_fit)
+        saves, does_fit = plan.peak_bytes < least, fits(plan, device_memory_gib)
+        yield Proposal(overrides, change.name, change.cost, plan, saves, does_fit)
         if does_fit:
             return
-        if plan.peak_bytes < least:
+        if saves:
             config, chosen, least = changed, overrides, plan.peak_bytes
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, str]]:
+class _Change(NamedTuple):
+    override: str
+    cost: str
+    name: str
+
+
+def _changes(config: RunConfig) -> Iterator[_Change]:
     """Single changes that are left to make, from the cheapest to the dearest."""
-    chosen = list(config.patches)
-    missing = [name for name in patches.default() if name not in chosen]
+    missing = [name for name in patches.default() if name not in config.patches]
     if missing:
-        yield _patches([*chosen, *missing]), "none: the same gradients"
-    if "ple" in config.model.freeze and "ple_offload" not in chosen:
-        yield _patches([*chosen, "ple_offload"]), "rows of each batch copied from host memory"
-    if "vision" in config.model.freeze and "vision_streaming" not in chosen:
-        yield (
-            _patches([*chosen, "vision_streaming"]),
-            "the vision tower copied from host memory for each micro-batch",
-        )
+        yield _more_patches(config, missing, "none: the same gradients")
+    if "ple" in config.model.freeze and "ple_offload" not in config.patches:
+        cost = "rows of each batch copied from host memory"
+        yield _more_patches(config, ["ple_offload"], cost)
+    if "vision" in config.model.freeze and "vision_streaming" not in config.patches:
+        cost = "the vision tower copied from host memory for each micro-batch"
+        yield _more_patches(config, ["vision_streaming"], cost)
     if not config.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing=true", "layers computed twice: about 1/3 more time"
+        yield _set("model.gradient_checkpointing=true", "layers computed twice: 1/3 more time")
     if config.loop.micro_batch_size > 1:
         size = config.loop.micro_batch_size // 2
-        yield f"loop.micro_batch_size={size}", "the same gradients, in more and smaller passes"
+        yield _set(f"loop.micro_batch_size={size}", "the same gradients, in more, smaller passes")
     if config.parallel.mixed_precision == "no":
-        yield "parallel.mixed_precision=bf16", "activations and matmuls in bfloat16"
+        yield _set("parallel.mixed_precision=bf16", "activations and matmuls in bfloat16")
+    if type(config.adapter) is not Adapter:
+        return
     others = [part for part in PARTS if part != "language" and part not in config.model.freeze]
-    if others and type(config.adapter) is Adapter:
+    if others:
         frozen = ",".join([*config.model.freeze, *others])
-        yield f"model.freeze=[{frozen}]", "only the language layers are trained"
-    if type(config.adapter) is Adapter:
-        yield "adapter=lora", "another training: adapters alone, on a base in bfloat16"
+        yield _set(f"model.freeze=[{frozen}]", "only the language layers are trained")
+    yield _set("adapter=lora", "another training: adapters alone, on a base in bfloat16")
 
 
-def _patches(names: list[str]) -> str:
-    return f"patches=[{','.join(names)}]"
+def _set(override: str, cost: str) -> _Change:
+    return _Change(override, cost, override)
+
+
+def _more_patches(config: RunConfig, names: list[str], cost: str) -> _Change:
+    override = f"patches=[{','.join([*config.patches, *names])}]"
+    return _Change(override, cost, f"more patches: {', '.join(names)}")

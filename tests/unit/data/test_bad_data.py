@@ -18,7 +18,7 @@ from gemtune.errors import DataError
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "bad_data"
 SECONDS = 20
-CHECKED = {"verify_images": True}
+CHECKED = {"verify_media": True}
 URLS = {"allow_urls": True}
 
 # file: (row that is named, what is said and what to do). Two other rows of the file are good.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,19 @@ def test_where_nothing_fits_it_says_what_was_tried() -> None:
     assert "does not fit into 1.001 GiB" in done.stdout
     assert "model.gradient_checkpointing=true" in done.stdout
     assert "loop.micro_batch_size=1" in done.stdout
-    assert "yes" not in done.stdout
+    assert "nothing was found that fits" in done.stdout
+
+
+def test_what_fits_can_be_typed() -> None:
+    fixed = ("model.gradient_checkpointing=true", "loop.micro_batch_size=1", "model.freeze=[ple]")
+    stock = plan_memory("data.max_length=64", *fixed, "patches=[]", "plan.device_memory_gib=1.02")
+    assert stock.returncode == 0, stock.stdout
+    assert "more patches: vision_position_lookup, " in stock.stdout
+    [line] = [each for each in stock.stdout.splitlines() if each.startswith("fits with: ")]
+    overrides = shlex.split(line.removeprefix("fits with: "))
+    assert overrides[0].startswith("patches=[vision_position_lookup,vision_pooler,")
+    again = plan_memory("data.max_length=64", *fixed, *overrides, "plan.device_memory_gib=1.02")
+    assert again.returncode == 0 and "\nfits into 1.02 GiB" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class AudioEncoder:
                 content = file.read()
         self._check_rate(header.rate_hz, where)
         clip = self._checked(header.num_samples, content, where)
-        if self.policy.verify_images:
+        if self.policy.verify_media:
             _samples(clip, where)
         return clip
 

@@ -26,7 +26,7 @@ class MediaPolicy:
     max_video_seconds: float = 300.0
     max_video_frames: int = 20_000
     """Of the file; few of them are used, but those before them are decoded too."""
-    verify_images: bool = False
+    verify_media: bool = False
     """Decode a medium when it is opened, not when a batch needs it."""
     fetch: FetchLimits = field(default_factory=FetchLimits)
 

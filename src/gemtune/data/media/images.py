@@ -84,7 +84,7 @@ class ImageEncoder:
                 f"pixels, and data.max_image_pixels={self.policy.max_image_pixels:,} are allowed. "
                 "Make it smaller, or raise the limit."
             )
-        if self.policy.verify_images:
+        if self.policy.verify_media:
             load(opened, where)
         return opened
 

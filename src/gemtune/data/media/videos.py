@@ -107,7 +107,7 @@ class VideoEncoder:
                     "file says it itself. Remove it."
                 )
             video = self._of_file(bytes_or_path(medium, "video", where), where, root)
-        if self.policy.verify_images:
+        if self.policy.verify_media:
             for image in self._images(video, where):
                 load(image, where)
         return video

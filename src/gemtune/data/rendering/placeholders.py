@@ -37,11 +37,11 @@ class Placeholders:
         """Kind -> the token that stands for one soft token."""
         self._stamps: dict[str, list[int]] = {}
         for kind in media.kinds:
-            names = "ia"[kind == "audio"]
-            begin, end = (getattr(tokenizer, f"{e}o{names}_token", None) for e in "be")
-            token = VIDEO_TOKEN
-            if kind != "video":
-                token = getattr(tokenizer, f"{kind}_token", None)
+            # boi and eoi for images and the frames of videos, boa and eoa for audio.
+            letter = "a" if kind == "audio" else "i"
+            begin = getattr(tokenizer, f"bo{letter}_token", None)
+            end = getattr(tokenizer, f"eo{letter}_token", None)
+            token = VIDEO_TOKEN if kind == "video" else getattr(tokenizer, f"{kind}_token", None)
             if any(name not in control.ids for name in (begin, token, end)):
                 raise DataError(
                     f"The tokenizer has no tokens for {kind} ({begin}, {token}, {end}), which the "

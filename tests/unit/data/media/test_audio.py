@@ -143,7 +143,7 @@ def test_a_float_that_is_no_number_is_found_when_it_is_decoded(encoder):
     with pytest.raises(DataError, match=r"^row 3: the audio cannot be read .*finite"):
         encoder.encode(encoder.open(data, "row 3"), "row 3")
     with pytest.raises(DataError, match=r"^row 3: the audio cannot be read .*finite"):
-        AudioEncoder(EXTRACTOR, None, MediaPolicy(verify_images=True)).open(data, "row 3")
+        AudioEncoder(EXTRACTOR, None, MediaPolicy(verify_media=True)).open(data, "row 3")
 
 
 def test_large_files_are_not_read(encoder):

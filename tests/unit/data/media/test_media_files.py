@@ -138,7 +138,7 @@ def test_cmyk_jpeg(tiny_processor, make_image, encode_file):
 
 
 def test_images_can_be_decoded_when_they_are_opened(stock_processor, png, make_image, encode_file):
-    encoder = ImageEncoder(stock_processor, None, MediaPolicy(verify_images=True))
+    encoder = ImageEncoder(stock_processor, None, MediaPolicy(verify_media=True))
     assert encoder.open(png(96, 48), "row 3").size == (96, 48)
     for data in (encode_file(make_image(200, 200), "JPEG")[:5000], png(200, 200)[:5000]):
         with pytest.raises(DataError, match=r"^row 3: the image is damaged"):

@@ -214,7 +214,7 @@ def test_a_file_that_is_cut_off_is_found_when_it_is_opened_or_decoded(av, make, 
             encoder = make()
             encoder.encode(encoder.open(data, "row 3"), "row 3")
         with pytest.raises(DataError, match=r"^row 3: "):
-            make(verify_images=True).open(data, "row 3")
+            make(verify_media=True).open(data, "row 3")
 
 
 HOSTILE = [

@@ -9,34 +9,9 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
+from source_rows import LINE, ROW, read, refusal
 
-from gemtune.data.sources.source import read_source
 from gemtune.errors import DataError
-
-ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-LINE = json.dumps(ROW).encode()
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    def write(content):
-        path = tmp_path / "rows.jsonl"
-        path.write_bytes(content)
-        return str(path)
-
-    return write
-
-
-def read(path, split="train"):
-    return read_source(path, split, "data.path")
-
-
-def refusal(path, **options):
-    """What is said when the source is opened, or when its first bad row is read."""
-    with pytest.raises(DataError) as caught:
-        list(read_source(path, "train", "data.path", **options).rows)
-    return str(caught.value)
-
 
 # JSON
 
