@@ -21,6 +21,7 @@ import pyarrow as pa
 from gemtune.data.preparation.key import preparation_key
 from gemtune.data.preparation.rows import (
     PreparedRows,
+    is_undamaged,
     read_batch,
     read_prepared,
     to_batch,
@@ -115,7 +116,7 @@ class Preparation:
         with _lock(folder):
             if self._keeps == "refresh" and not _is_of_this_launch(done):
                 _empty(folder)
-            missing = [n for n, path in enumerate(paths) if not _is_whole(path)]
+            missing = [n for n, path in enumerate(paths) if not is_undamaged(path)]
             if missing and done.exists():
                 done.unlink()
             _delete_unused(self._root, folder)
@@ -242,14 +243,6 @@ def _lock(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(_POLL_SECONDS)
         yield
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        read_batch(path)
-    except (OSError, pa.ArrowException):
-        return False
-    return True
 
 
 def _is_of_this_launch(done: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from collections.abc import Sequence
@@ -67,12 +68,16 @@ def _lists(rows: Sequence[list[int]]) -> pa.Array:
 
 
 def write_batch(batch: pa.RecordBatch, path: Path) -> None:
-    """Write the file in one step: it is whole, or not there."""
+    """Write the file in one step: it is whole, or not there. Its SHA-256 stands at its end."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_batch(batch)
+    content = sink.getvalue()
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with staging.open("wb") as file:
-            with pa.ipc.new_file(file, _SCHEMA) as writer:
-                writer.write_batch(batch)
+            file.write(content)
+            file.write(hashlib.sha256(content).digest())
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)
@@ -86,10 +91,28 @@ def read_batch(path: Path) -> pa.RecordBatch:
     Raises:
         pyarrow.ArrowException, OSError: there is no whole file.
     """
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    content, _ = _parts(path)
+    reader = pa.ipc.open_file(content)
     if reader.schema != _SCHEMA or reader.num_record_batches != 1:
         raise pa.ArrowInvalid(f"{path} is no file of prepared rows")
     return reader.get_batch(0)
+
+
+def is_undamaged(path: Path) -> bool:
+    """Whether the file is as it was written, to the bit, and has prepared rows."""
+    try:
+        content, digest = _parts(path)
+        read_batch(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return hashlib.sha256(content).digest() == digest
+
+
+def _parts(path: Path) -> tuple[pa.Buffer, bytes]:
+    """What was written, and the digest behind it."""
+    whole = pa.memory_map(str(path)).read_buffer()
+    size = max(0, len(whole) - hashlib.sha256().digest_size)
+    return whole.slice(0, size), whole.slice(size).to_pybytes()
 
 
 class PreparedRows:

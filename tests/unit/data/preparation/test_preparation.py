@@ -263,7 +263,7 @@ def test_a_killed_preparation_goes_on(make_source, make_encoder, cache, monkeypa
     same(prepared, Preparation(keeps="off").rows(fresh, encoder, 200))
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "gone", "other"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "gone", "other", "one bit"])
 def test_a_damaged_file_is_prepared_again(make_source, make_encoder, cache, monkeypatch, damage):
     source, encoder = make_source(), make_encoder()
     before = Preparation(str(cache), keeps="off").rows(source, encoder, 35)
@@ -275,6 +275,9 @@ def test_a_damaged_file_is_prepared_again(make_source, make_encoder, cache, monk
         table = pa.table({"a": [1]})
         with pa.ipc.new_file(str(path), table.schema) as writer:
             writer.write_table(table)
+    elif damage == "one bit":  # of an id
+        at = content.index(before.ids(10).tobytes())
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     elif damage != "gone":
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     counted = encoded_count(encoder, monkeypatch)

@@ -6,7 +6,13 @@ import pickle
 import pytest
 
 from gemtune.data.preparation.rejected import rejected_record, write_rejected
-from gemtune.data.preparation.rows import PreparedRows, read_prepared, to_batch, write_batch
+from gemtune.data.preparation.rows import (
+    PreparedRows,
+    is_undamaged,
+    read_prepared,
+    to_batch,
+    write_batch,
+)
 from gemtune.data.rendering.fitting import EncodedText
 from gemtune.data.rendering.plans import Span
 from gemtune.errors import DataError
@@ -40,6 +46,16 @@ def test_a_batch_comes_back_as_it_was(tmp_path):
         assert prepared.runs(3).shape == (0, 2)
     with pytest.raises(ValueError, match="read-only"):
         prepared.ids(0)[0] = 1
+
+
+def test_any_bit_that_flips_is_found(tmp_path):
+    path = tmp_path / "a.arrow"
+    write_batch(to_batch([EncodedText([1, 2, 3], [(1, 3)], ""), DataError("bad")]), path)
+    content = path.read_bytes()
+    assert is_undamaged(path)
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        assert not is_undamaged(path), at
 
 
 def test_nothing_at_all():
