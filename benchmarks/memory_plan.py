@@ -1,6 +1,6 @@
 """How far the planned peak memory of a step is from the measured one, on the CPU.
 
-    python benchmarks/memory_plan.py                          # about 10 minutes
+    python benchmarks/memory_plan.py                          # about 20 minutes
     python benchmarks/memory_plan.py --cases tiny_full --repetitions 1        # a trial
 
 Each case is planned in one process and made in another: model, patches, adapter and optimizer as a
@@ -33,22 +33,23 @@ sys.path[:0] = [str(REPOSITORY / "scripts"), str(REPOSITORY)]
 MIB = 2**20
 BOUND, BOUND_MIB = 0.05, 64
 SMALL = ("loop.micro_batch_size=4", "loop.global_batch_size=4")
+PAIR = ("loop.micro_batch_size=2", "loop.global_batch_size=2")
 # Name -> size, overrides, keys of the plan.
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "tiny_full": ("tiny", ("data.max_length=1024", *SMALL), {}),
     "tiny_images": ("tiny", ("data.max_length=1024", *SMALL), {"images_per_row": 2}),
     "tiny_stock": ("tiny", ("data.max_length=1024", "patches=[]", *SMALL), {}),
-    "small_full": ("e2b_small", ("data.max_length=512", "loop.micro_batch_size=2"), {}),
+    "small_full": ("e2b_small", ("data.max_length=512", *PAIR), {}),
     "small_images": (
         "e2b_small",
-        ("data.max_length=512", "loop.micro_batch_size=2", "model.freeze=[vision]"),
+        ("data.max_length=512", *PAIR, "model.freeze=[vision]"),
         {"images_per_row": 1, "learned_fraction": 0.2},
     ),
     "small_recomputed": (
         "e2b_small",
         (
             "data.max_length=1024",
-            "loop.micro_batch_size=2",
+            *PAIR,
             "model.gradient_checkpointing=true",
             "model.freeze=[ple,vision]",
         ),
@@ -56,12 +57,12 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ),
     "small_lora": (
         "e2b_small",
-        ("recipe=gemma4_lora", "data.max_length=1024", "model.dtype=float32"),
+        ("recipe=gemma4_lora", "data.max_length=1024", "model.dtype=float32", *PAIR),
         {"learned_fraction": 0.2},
     ),
     "small_stock": (
         "e2b_small",
-        ("data.max_length=256", "loop.micro_batch_size=2", "patches=[]"),
+        ("data.max_length=256", "patches=[]", *PAIR),
         {},
     ),
 }
@@ -78,9 +79,11 @@ def arguments_of(case: str, folder: Path) -> list[str]:
 def write_model(folder: Path) -> None:
     """A folder with the shape of the small E2B and the tokenizer of the tiny one."""
     from models import TINY, shape
+    from transformers import Gemma4Config
 
     shutil.copytree(TINY.parent, folder)
-    (folder / "config.json").write_text(json.dumps(shape("e2b_small")), encoding="utf-8")
+    values = Gemma4Config.from_dict(shape("e2b_small")).to_dict()
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
 def plan(case: str, folder: Path) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     model = adapters.attach(base, config.adapter)
     optimizer = config.optim.build(model)
     _, inputs = largest_inputs(
-        config, settings, processing.model_config, lambda s, dtype: torch.rand(s, dtype=dtype)
+        config, settings, processing, lambda s, dtype: torch.rand(s, dtype=dtype)
     )
     memory = PeakTracker(torch.device("cpu"))
     memory.begin_loss_after(base_model(base))
@@ -196,7 +199,7 @@ def measure(case: str, folder: Path, repetitions: int, threads: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", choices=("plan", "run"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

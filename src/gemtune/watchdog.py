@@ -66,7 +66,7 @@ class Watchdog:
         self._heartbeat: Heartbeat | None = None
         self._closed = threading.Event()
         self._gone_since: dict[int, float] = {}
-        self._awake_since = 0.0
+        self._awake_since = float("-inf")
         self._judging, self._ends = threading.Lock(), threading.Lock()
 
     def start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -47,8 +48,11 @@ def pulse(rank: int, **changes: object) -> Pulse:
     return Pulse(**(values | changes))  # type: ignore[arg-type]
 
 
-def watchdog(own: Progress, *sights: tuple[Pulse, float], awake: float = 0.0) -> Watchdog:
-    """Of rank 0, not started: it sees pulses that came so many seconds ago."""
+def watchdog(own: Progress, *sights: tuple[Pulse, float], awake: float = -math.inf) -> Watchdog:
+    """Of rank 0, not started: it sees pulses that came so many seconds ago.
+
+    The clock may count from the start of the machine, a minute ago: `awake` has no zero.
+    """
     now = time.monotonic()
     found = Watchdog()
     found._rank, found._limits, found._stop = 0, LIMITS, StopSignal()
@@ -102,7 +106,7 @@ def test_a_silent_rank_is_named_with_its_place() -> None:
 def test_no_rank_is_blamed_too_early(
     own: Callable[[], Progress], other: Pulse, ago: float, awake_ago: float | None
 ) -> None:
-    awake = 0.0 if awake_ago is None else time.monotonic() - awake_ago
+    awake = -math.inf if awake_ago is None else time.monotonic() - awake_ago
     assert watchdog(own(), (other, ago), awake=awake)._silent_rank() is None
 
 
@@ -197,7 +201,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[TCPStore]:
     yield TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
 
-def until(true: object, seconds: float = 10) -> None:
+def until(true: object, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():  # type: ignore[operator]
         assert time.monotonic() < deadline

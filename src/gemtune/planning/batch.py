@@ -16,6 +16,7 @@ _TEXT_ID = 100
 def largest_batch(
     model_config: Any,
     *,
+    soft_tokens: int,
     num_rows: int,
     row_tokens: int,
     images_per_row: int,
@@ -24,10 +25,13 @@ def largest_batch(
 ) -> Batch:
     """Rows of `row_tokens`, the images first and at their full size, then text; the end is learned.
 
+    Args:
+        soft_tokens: of an image at its full size.
+
     Raises:
         ConfigError: the images alone are longer than a row.
     """
-    image = full_image(model_config)
+    image = full_image(model_config.vision_config, soft_tokens)
     ids = [model_config.boi_token_id]
     ids += [model_config.image_token_id] * image.num_soft_tokens + [model_config.eoi_token_id]
     ids *= images_per_row
@@ -53,12 +57,11 @@ def largest_batch(
     return collate(examples, pad_id=0, soft_ids=soft_ids)
 
 
-def full_image(model_config: Any) -> EncodedImage:
-    """An image of as many patches as the vision tower takes, as near to a square as that goes."""
-    vision = model_config.vision_config
-    side, num_soft_tokens = vision.pooling_kernel_size, vision.default_output_length
-    rows = next(n for n in range(int(num_soft_tokens**0.5), 0, -1) if num_soft_tokens % n == 0)
-    y, x = np.mgrid[: rows * side, : num_soft_tokens // rows * side]
+def full_image(vision_config: Any, soft_tokens: int) -> EncodedImage:
+    """An image of so many soft tokens, as near to a square as that goes."""
+    side = vision_config.pooling_kernel_size
+    rows = next(n for n in range(int(soft_tokens**0.5), 0, -1) if soft_tokens % n == 0)
+    y, x = np.mgrid[: rows * side, : soft_tokens // rows * side]
     positions = np.stack([x.ravel(), y.ravel()], axis=-1).astype(np.int64)
-    pixels = np.zeros((len(positions), 3 * vision.patch_size**2), dtype=np.float32)
-    return EncodedImage(pixels, positions, num_soft_tokens)
+    pixels = np.zeros((len(positions), 3 * vision_config.patch_size**2), dtype=np.float32)
+    return EncodedImage(pixels, positions, soft_tokens)

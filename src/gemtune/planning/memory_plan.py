@@ -110,7 +110,7 @@ def plan_memory(
     optimizer = config.optim.build(model)
     hosted = [model.get_parameter(name) for name in host_parameters(model)]
     shadow.leave_out(hosted)
-    batch, inputs = largest_inputs(config, plan, processing.model_config, shadow.empty)
+    batch, inputs = largest_inputs(config, plan, processing, shadow.empty)
     with accelerator_budgets() if plan.device == "cuda" else nullcontext():
         step = follow_step(
             shadow,
@@ -154,7 +154,7 @@ def processing_for_plan(config: RunConfig) -> Processing:
 def largest_inputs(
     config: RunConfig,
     plan: PlanConfig,
-    model_config: Any,
+    processing: Processing,
     empty: Callable[[torch.Size, torch.dtype], Tensor],
 ) -> tuple[Batch, list[tuple[dict[str, Tensor], dict[str, Any]]]]:
     """The largest batch, and what the loop gives the model of it for each micro-batch.
@@ -162,8 +162,13 @@ def largest_inputs(
     Args:
         empty: makes pixels; nothing looks at their values.
     """
+    model_config, images = processing.model_config, processing.image_processor
     batch = largest_batch(
         model_config,
+        # The bundled configurations come without a processor.
+        soft_tokens=(
+            images.max_soft_tokens if images else model_config.vision_soft_tokens_per_image
+        ),
         num_rows=config.loop.micro_batch_size,
         row_tokens=config.data.max_length,
         images_per_row=plan.images_per_row,

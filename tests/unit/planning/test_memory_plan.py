@@ -48,7 +48,7 @@ def really(config: RunConfig, plan: PlanConfig) -> StepPlan:
     follower = StorageFollower()
     follower.leave_out([model.get_parameter(name) for name in host_parameters(model)])
     zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
-    inputs = largest_inputs(config, plan, processing.model_config, zeros)[1]
+    inputs = largest_inputs(config, plan, processing, zeros)[1]
     mixed = config.parallel.mixed_precision == "bf16"
     with accelerator_budgets():
         return follow_step(

@@ -22,7 +22,7 @@ LOG = "sweep.log"
 RUN = "gemma4_sft-tiny-digits-lr_"
 
 # Takes the place of train.py: a run folder as train.py leaves one. With lr=1 it first trains for
-# 30 s, unless it is told to stop or goes on from a checkpoint; with lr=2 it fails.
+# 100 s, unless it is told to stop or goes on from a checkpoint; with lr=2 it fails.
 STAND_IN = """
 import json, pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,7 +36,7 @@ if lr == 2:
     sys.exit(1)
 try:
     (folder / "ready").touch()
-    time.sleep(30 if lr == 1 and not (folder / "checkpoints").exists() else 0)
+    time.sleep(100 if lr == 1 and not (folder / "checkpoints").exists() else 0)
 except KeyboardInterrupt:
     (folder / "checkpoints").mkdir()
     time.sleep(3)  # a launcher that dies of the signal would not wait for this
@@ -140,7 +140,7 @@ def test_sigterm_while_the_launcher_loads(start: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     printed = finish(process, tmp_path)
     assert process.returncode == 75, printed
-    assert time.monotonic() - began < 20, "it waited for the trial to end by itself"
+    assert time.monotonic() - began < 60, "it waited for the trial to end by itself"
     assert not (tmp_path / "runs").exists()
 
 

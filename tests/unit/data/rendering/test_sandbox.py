@@ -102,6 +102,10 @@ def template(source):
     return ChatTemplate(source, re.compile(re.escape("<|turn>")), {"bos_token": "<bos>"})
 
 
+SECONDS = 10
+"""Of processor time: twenty times the limit, for busy machines; without one it is minutes."""
+
+
 def refused(source):
     with pytest.raises(DataError) as caught:
         template(source).render(MESSAGES, "row 3")
@@ -110,9 +114,9 @@ def refused(source):
 
 @pytest.mark.parametrize("source", TIME.values(), ids=TIME)
 def test_a_template_that_would_run_for_ever(source):
-    began = time.process_time()
+    began = time.thread_time()
     assert re.search(r"stopped: it ran for more than 0.5 s", refused(source))
-    assert time.process_time() - began < 1
+    assert time.thread_time() - began < SECONDS
 
 
 def test_hostile_templates_take_little_memory():
@@ -145,10 +149,10 @@ def test_hostile_templates_take_little_memory():
 @pytest.mark.parametrize("source", MEMORY.values(), ids=MEMORY)
 def test_a_template_that_would_take_all_memory(source):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.process_time()
+    began = time.thread_time()
     said = refused(source)
     assert "chat template" in said
-    assert time.process_time() - began < 1
+    assert time.thread_time() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
