@@ -38,7 +38,7 @@ from gemtune.exit_codes import DONE
 from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
 from gemtune.losses import HostLabels
-from gemtune.memory import PeakTracker, advice
+from gemtune.memory import PeakTracker, resident_gib
 from gemtune.models import (
     Processing,
     StandIns,
@@ -53,7 +53,9 @@ from gemtune.patches.host_memory import host_parameters
 from gemtune.patches.ple_offload import prefetch
 from gemtune.reporting import Reporter
 from gemtune.run_folder import MODEL_FOLDER, FolderLock, claim, open_folder, resume_points
+from gemtune.run_memory import RunMemory
 from gemtune.runtime import Runtime, start
+from gemtune.step_recordings import StepRecordings, require_gpu_for_snapshot
 from gemtune.tracking import new_run_id
 from gemtune.watchdog import Limits
 
@@ -75,6 +77,8 @@ class Stages:
     identity: dict[str, str] | None
     """Of what is frozen in it."""
     num_steps: int
+    resident_gib: float
+    """Of this process before the model was built."""
 
 
 def run(config: RunConfig) -> int:
@@ -94,6 +98,7 @@ def run(config: RunConfig) -> int:
 def go_through(config: RunConfig, runtime: Runtime, points: list[Path]) -> int:
     """The stages up to the model in memory, and then the rest."""
     config.loop.check_world_size(runtime.world_size)
+    require_gpu_for_snapshot(config.memory.snapshot_at_step, runtime.device)
     screen = Screen(runtime.is_main)
     runtime.stop.say = screen.say
     ranks = Ranks.meet(config.parallel.timeout_seconds)
@@ -192,6 +197,7 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
     batches = batch_stream(config, runtime, train_rows)
     num_steps = config.loop.num_steps(batches.num_rows)
     runtime.strategy = choose_strategy(config, runtime, processing)
+    before_gib = resident_gib()
     base = build_base(config, runtime, processing)
     report = patches.apply(base, config.patches)
     if config.data.packing:
@@ -200,7 +206,16 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
     # Sharded, rank 0 alone has weights to tell.
     identity = runtime.collect([base_identity(model)])[0]
     return Stages(
-        processing, train_rows, batches, eval_rows, base, report, model, identity, num_steps
+        processing,
+        train_rows,
+        batches,
+        eval_rows,
+        base,
+        report,
+        model,
+        identity,
+        num_steps,
+        before_gib,
     )
 
 
@@ -233,6 +248,8 @@ def open_session(
     loss_alone = not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(config.patches)
     # Without logits in evaluation too.
     forward_options = {"use_cache": False} | ({"skip_logits": True} if loss_alone else {})
+    run_memory = RunMemory(config, runtime, resident_gib=stages.resident_gib, say=screen.say)
+    run_memory.plan(stages.batches)
     memory = PeakTracker(runtime.device)
     memory.begin_loss_after(base_model(stages.base))
     session = Session(
@@ -246,7 +263,9 @@ def open_session(
         num_steps=stages.num_steps,
         log=reporter.training,
         evaluation_batches=lambda: evaluation_batches(config, runtime, stages.eval_rows),
-        memory_advice=memory_advice(config, runtime),
+        run_facts=lambda: run_memory.facts(stages.model, optimizer),
+        watch_memory=run_memory.watch,
+        recorded=StepRecordings(config, runtime, screen.say),
         save=lambda: reporter.figures(writer.save()),
         save_failed=lambda: writer.has_failed,
     )
@@ -305,21 +324,6 @@ def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
         ],
         **software(),
     }
-
-
-def memory_advice(config: RunConfig, runtime: Runtime) -> list[str]:
-    """What of this configuration to change when memory runs out."""
-    candidates = [*patches.default(), "ple_offload", "vision_streaming"]
-    return advice(
-        micro_batch_size=config.loop.micro_batch_size,
-        max_length=config.data.max_length,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        patches_off=[name for name in candidates if name not in config.patches],
-        adapter=type(config.adapter) is not adapters.Adapter,
-        world_size=runtime.world_size,
-        sharded=runtime.is_sharded,
-        mixed_precision=config.parallel.mixed_precision != "no",
-    )
 
 
 def batch_stream(

@@ -4,17 +4,21 @@
 
 Takes the keys of train.py and its own:
 
-    plan.images_per_row=2          images of full size in each row (0)
+    plan.from_data=true            rows are as long and as full as the largest of the data
+    plan.row_tokens=900            tokens of each row (data.max_length)
+    plan.images_per_row=2          images in each row (0)
+    plan.image_tokens=64           tokens of each image (of one of full size)
     plan.learned_fraction=0.3      share of a row that is learned (1.0: the most that can be)
     plan.world_size=8              processes, each with the whole model (1)
     plan.device_memory_gib=24      whether it fits, and what would make it
+    plan.alternatives=3            changes to plan where it fits as well (0)
     plan.device=cpu                for a run on the CPU (cuda)
     plan.output=PLAN.json          the plan as a document
 
 One optimizer step of the model itself, with its patches and its adapter, is followed tensor by
-tensor; what tensors of floating point hold is left out. Every row has data.max_length tokens. It is
-the memory of tensors: CUDA's context and what its allocator cannot use come on top, 1 GiB is kept
-for them. The exit status is 1 where nothing was found that fits.
+tensor; what tensors of floating point hold is left out. It is the memory of tensors: CUDA's context
+and what its allocator cannot use come on top, 1 GiB is kept for them. The exit status is 1 where
+nothing was found that fits.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -36,7 +42,11 @@ from rich.console import Console
 from rich.text import Text
 
 from gemtune.config import RunConfig
+from gemtune.data import BatchStream, OtherMedia, prepare
+from gemtune.errors import ConfigError
+from gemtune.models import load_processing
 from gemtune.planning import MemoryPlan, PlanConfig, plan_memory
+from gemtune.planning.bounds import bounds_of
 from gemtune.planning.page import plan_document, plan_page, proposals_page
 from gemtune.planning.proposals import Proposal, fits, propose
 
@@ -59,28 +69,69 @@ def show(arguments: Sequence[str]) -> int:
         changed = compose([*rest, *overrides])
         return changed, plan_memory(changed, own)
 
+    if own.from_data:
+        say("reading the data")
+        own = with_bounds(own, config)
     plan = plan_memory(config, own, say)
     console.print(plan_page(plan))
     found: list[Proposal] = []
-    does_fit = True
-    if own.device_memory_gib is not None:
-        does_fit = fits(plan, own.device_memory_gib)
-        console.print(
-            f"\n{'fits' if does_fit else 'does not fit'} into {own.device_memory_gib:g} GiB"
-        )
-        if not does_fit:
-            found = list(propose(config, own.device_memory_gib, replan, plan))
-            console.print(proposals_page(found, own.device_memory_gib))
-            does_fit = bool(found) and found[-1].fits
-            with_what = shlex.join(found[-1].overrides) if does_fit else ""
-            last = f"fits with: {with_what}" if does_fit else "nothing was found that fits"
-            console.print(Text(last), soft_wrap=True)  # one line, to be copied
+    write(own, plan, found)
+    device_gib = own.device_memory_gib
+    if device_gib is None:
+        return 0
+    does_fit = fits(plan, device_gib)
+    console.print(f"\n{'fits' if does_fit else 'does not fit'} into {device_gib:g} GiB")
+    changes = propose(config, device_gib, replan, plan, until_it_fits=not does_fit)
+    for proposal in islice(changes, own.alternatives if does_fit else None):
+        found.append(proposal)
+        write(own, plan, found)  # who waits for it has what there is
+    if found:
+        console.print(proposals_page(found, device_gib))
+    if not does_fit:
+        does_fit = bool(found) and found[-1].fits
+        with_what = shlex.join(found[-1].overrides) if does_fit else ""
+        last = f"fits with: {with_what}" if does_fit else "nothing was found that fits"
+        console.print(Text(last), soft_wrap=True)  # one line, to be copied
     if own.output:
-        document = plan_document(plan, found)
-        path = Path(own.output).expanduser()
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        console.print(f"written: {path}")
+        console.print(f"written: {own.output}")
     return 0 if does_fit else 1
+
+
+def with_bounds(own: PlanConfig, config: RunConfig) -> PlanConfig:
+    """The largest rows of the data in the place of those that were named."""
+    processing = load_processing(config.model)
+    rows, _ = prepare(
+        config.data,
+        processing.tokenizer,
+        processing.image_processor,
+        config.run.seed,
+        others=OtherMedia(**processing.other_media),
+    )
+    stream = BatchStream(
+        rows,
+        seed=config.run.seed,
+        global_batch_size=config.loop.global_batch_size,
+        micro_batch_size=config.loop.micro_batch_size,
+        rank=0,
+        world_size=1,
+        lengths=rows.lengths,
+        packed_tokens=config.data.max_length if config.data.packing else None,
+    )
+    return replace(own, **asdict(bounds_of(stream)))
+
+
+def write(own: PlanConfig, plan: MemoryPlan, found: list[Proposal]) -> None:
+    """The document, in one step."""
+    if not own.output:
+        return
+    path = Path(own.output).expanduser()
+    staging = path.with_name(f".{path.name}.staging")
+    try:
+        document = plan_document(plan, found, own.device_memory_gib)
+        staging.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        raise ConfigError(f"plan.output={own.output} cannot be written: {error}") from error
 
 
 def main() -> int:

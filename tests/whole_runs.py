@@ -36,6 +36,7 @@ SMALL = (
     "data.eval_max_rows=8",
     "data.eval_generate_rows=4",
     "data.eval_max_new_tokens=3",
+    "memory.plan=false",
 )
 """Overrides that make a run small; those of a test come after them."""
 

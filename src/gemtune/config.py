@@ -22,6 +22,7 @@ from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.data import DataConfig
 from gemtune.errors import ConfigError
 from gemtune.loop_config import LoopConfig
+from gemtune.memory import MemoryConfig
 from gemtune.models import ModelConfig
 from gemtune.optim import AdamW, Schedule
 from gemtune.options import did_you_mean, option
@@ -66,6 +67,7 @@ class RunConfig:
     loop: LoopConfig
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
+    memory: MemoryConfig
     tracker: TrackerConfig
 
     def as_dict(self) -> dict[str, Any]:

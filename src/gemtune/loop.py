@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,10 +15,19 @@ from torch import nn
 from gemtune.checkpoint.state import TrainState
 from gemtune.errors import TrainingError
 from gemtune.loop_config import LoopConfig
-from gemtune.memory import PHASES, PeakTracker, Place, reported_when_out_of_memory
+from gemtune.memory import (
+    PHASES,
+    PeakTracker,
+    Place,
+    Readings,
+    RunFacts,
+    read_memory,
+    reported_when_out_of_memory,
+)
 from gemtune.parallel.gradients import clip_gradients
 from gemtune.runtime import Runtime
 from gemtune.skipped_steps import remember_loss, spike_limit
+from gemtune.step_result import StepResult, step_record
 
 
 class TrainBatch(Protocol):
@@ -57,8 +67,12 @@ class Session:
     """Whether a checkpoint that is written in the background has failed on this rank."""
     look_ahead: Callable[[TrainBatch], dict[str, Any]] = lambda batch: {}
     """Sees every batch while it is on the CPU still; what it returns is passed to the model too."""
-    memory_advice: Sequence[str] = ()
-    """What to change when memory runs out."""
+    run_facts: Callable[[], RunFacts] = RunFacts
+    """For the report when memory runs out."""
+    watch_memory: Callable[[StepResult, list[TrainBatch]], dict[str, float]] = lambda *_: {}
+    """Sees every step when it is done; what it returns joins the record."""
+    recorded: Callable[[int], AbstractContextManager] = lambda step: nullcontext()
+    """Around the step with that number: a trace, a snapshot of the allocator."""
     after_backward: Callable[[], None] = lambda: None
     """Called when the gradients of a step are complete, before they are looked at."""
 
@@ -66,32 +80,6 @@ class Session:
         """A phase of the step begins: memory and the watchdog follow."""
         self.memory.enter(phase)
         self.runtime.watchdog.progress(phase, self.state.step + 1)
-
-
-@dataclass
-class StepResult:
-    """One optimizer step, the same on all ranks."""
-
-    loss: float
-    """Mean over the supervised tokens of the global batch."""
-    grad_norm: float
-    token_accuracy: float | None
-    """Share of the supervised tokens that are the most likely one. None: the model does not say."""
-    entropy: float | None
-    """Mean over the supervised tokens, in nats. None: the model does not say."""
-    supervised_tokens: int
-    tokens: int
-    peaks_gib: list[dict[str, float]]
-    """Phase -> peak of each rank."""
-    updated: bool
-    """False: something was not finite, or the loss was a spike, and nothing was changed."""
-    suspects: list[str]
-    """Then the rows, of all ranks, whose loss was so; all rows if only the gradient was."""
-    stop_requested: bool
-    save_failed: bool
-    """On any rank."""
-    spike: bool = False
-    """Finite, but above the limit."""
 
 
 def train(
@@ -114,14 +102,25 @@ def train(
     for micro_batches in batches(state.step, session.num_steps):
         fetched = time.perf_counter()
         limit = spike_limit(state.recent_losses, config.spike_sigma)
-        with reported_when_out_of_memory(lambda batches=micro_batches: _place(session, batches)):
+        with (
+            session.recorded(state.step + 1),
+            reported_when_out_of_memory(lambda batches=micro_batches: _place(session, batches)),
+        ):
             result = step(session, micro_batches, config.max_grad_norm, limit)
         watchdog.limit(True)  # not in the first step: it compiles and allocates
         state.step += 1
         session.runtime.status.step = state.step
         state.tokens_seen += result.tokens
         now = time.perf_counter()
-        record = _record(session, result, seconds=now - started, waited=fetched - started)
+        record = step_record(
+            result,
+            learning_rate=session.learning_rate(state.step - 1),
+            nonfinite_steps=state.nonfinite_steps,
+            spike_steps=state.spike_steps,
+            seconds=now - started,
+            waited=fetched - started,
+        )
+        record |= session.watch_memory(result, micro_batches)
         started = now
         if result.updated:
             remember_loss(state.recent_losses, result.loss, config.spike_window_steps)
@@ -163,7 +162,8 @@ def _place(session: Session, micro_batches: list[TrainBatch]) -> Place:
         num_tokens=batch.num_tokens,
         peaks_gib=memory.finish(),
         device=session.runtime.device,
-        advice=session.memory_advice,
+        source=memory.source,
+        facts=session.run_facts(),
     )
 
 
@@ -192,9 +192,10 @@ def step(
     grad_norm = clip_gradients(model.parameters(), max_grad_norm)
     stop = float(runtime.stop.received)
     failed = float(session.save_failed())
-    shared = runtime.table([*sums.sum(0), grad_norm, stop, failed, supervised, tokens])
-    *totals, _, _, _, _, _ = (sum(column) for column in zip(*shared, strict=True))
-    *_, grad_norm, _, _, supervised, tokens = shared[0]
+    longest = max(batch.labels.shape[-1] for batch in micro_batches)
+    shared = runtime.table([*sums.sum(0), grad_norm, stop, failed, longest, supervised, tokens])
+    *totals, _, _, _, _, _, _ = (sum(column) for column in zip(*shared, strict=True))
+    *_, grad_norm, _, _, _, supervised, tokens = shared[0]
     loss, token_accuracy, entropy = (total / supervised for total in totals)
     # Agreed by all ranks before anything changes. The norm is the same on all, the losses are not.
     finite = math.isfinite(loss) and all(math.isfinite(row[3]) for row in shared)
@@ -205,7 +206,8 @@ def step(
         session.optimizer.step()
     session.optimizer.zero_grad(set_to_none=True)
     peaks = session.memory.finish()
-    rows = runtime.table([peaks[phase] for phase in PHASES])
+    held = read_memory(runtime.device).as_row()
+    rows = runtime.table([*(peaks[phase] for phase in PHASES), *held])
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
@@ -213,7 +215,9 @@ def step(
         entropy=None if math.isnan(entropy) else entropy,
         supervised_tokens=int(supervised),
         tokens=int(tokens),
-        peaks_gib=[dict(zip(PHASES, row, strict=True)) for row in rows],
+        longest_row_tokens=int(max(row[6] for row in shared)),
+        peaks_gib=[dict(zip(PHASES, row, strict=False)) for row in rows],
+        readings=[Readings(*row[len(PHASES) :]) for row in rows],
         updated=updated,
         suspects=[] if updated else _suspects(runtime, micro_batches, sums[:, 0], loss_limit),
         stop_requested=runtime.stop.agree([row[4] for row in shared]),
@@ -280,38 +284,6 @@ def evaluate(session: Session) -> dict[str, float]:
         return {}
     accuracy = {} if math.isnan(correct) else {"eval/token_accuracy": correct / total}
     return {"eval/loss": loss_sum / total, **accuracy}
-
-
-def _record(
-    session: Session, result: StepResult, *, seconds: float, waited: float
-) -> dict[str, Any]:
-    """The metrics of a step under the names that metrics.jsonl and dashboards use."""
-    per_rank = [max(peaks.values()) for peaks in result.peaks_gib]
-    worst = max(range(len(per_rank)), key=lambda rank: per_rank[rank])
-    record: dict[str, Any] = {
-        "train/loss": result.loss,
-        "train/grad_norm": result.grad_norm,
-        "train/learning_rate": session.learning_rate(session.state.step - 1),
-        "train/supervised_tokens": result.supervised_tokens,
-        "train/tokens": result.tokens,
-        "train/tokens_per_second": result.tokens / seconds,
-        "train/step_seconds": seconds,
-        "train/data_wait_fraction": waited / seconds,
-        "train/nonfinite_steps": session.state.nonfinite_steps
-        + (not result.updated and not result.spike),
-        "train/spike_steps": session.state.spike_steps + result.spike,
-    }
-    for name in ("token_accuracy", "entropy"):
-        if getattr(result, name) is not None:
-            record[f"train/{name}"] = getattr(result, name)
-    record |= {
-        "memory/peak_gib": per_rank[worst],
-        "memory/peak_rank": worst,
-        "memory/peak_gib_per_rank": per_rank,
-    }
-    for phase in PHASES:
-        record[f"memory/{phase}_peak_gib"] = max(peaks[phase] for peaks in result.peaks_gib)
-    return record
 
 
 def _suspects(

@@ -27,6 +27,9 @@ class LoopConfig:
     max_spike_steps: int = option(10, "steps left out as spikes before the run stops")
     log_every_steps: int = option(10, "steps between lines and dashboard points")
     eval_every_steps: int | None = option(None, "steps between evaluations; null: start and end")
+    profile_at_step: int | None = option(
+        None, "the step whose trace (torch.profiler) goes to trace_step_N_rank_R.json.gz"
+    )
     eval_micro_batch_size: int = option(32, "rows of one forward pass in evaluation")
 
     def __post_init__(self) -> None:
@@ -38,6 +41,7 @@ class LoopConfig:
         require_range("loop.spike_window_steps", self.spike_window_steps, at_least=SPIKE_MIN_STEPS)
         require_range("loop.max_spike_steps", self.max_spike_steps, at_least=0)
         require_range("loop.eval_every_steps", self.eval_every_steps, at_least=1)
+        require_range("loop.profile_at_step", self.profile_at_step, at_least=1)
         for key in (
             "global_batch_size",
             "micro_batch_size",

@@ -15,6 +15,7 @@ from gemtune.checkpoint.manifest import MANIFEST_FILE
 from gemtune.checkpoint.state import read_document
 from gemtune.config import RunConfig, save_yaml
 from gemtune.errors import CheckpointError, ConfigError
+from gemtune.memory import remove_reports
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -31,11 +32,13 @@ _FREE = (
     "model.gradient_checkpointing",
     "tracker.",
     "checkpoint.",
+    "memory.",
     "parallel.strategy",
     "parallel.timeout_seconds",
     "parallel.heartbeat_seconds",
     "loop.micro_batch_size",
     "loop.log_every_steps",
+    "loop.profile_at_step",
     "loop.eval_every_steps",
     "loop.eval_micro_batch_size",
     "loop.max_nonfinite_steps",
@@ -201,6 +204,7 @@ def open_folder(config: RunConfig, point: Path | None) -> None:
     if point is None or folder.resolve() not in point.resolve().parents:
         # Of an attempt that ended before its first checkpoint: not of this run.
         (folder / METRICS_FILE).unlink(missing_ok=True)
+    remove_reports(folder)
     save_yaml(config.as_dict(), folder / CONFIG_FILE)
 
 
@@ -221,6 +225,8 @@ def differences(
         if path.startswith(_FREE):
             continue
         old, new = before.get(key, "(nothing)"), now.get(key, "(nothing)")
+        # A section that an older gemtune did not have: its keys one by one.
+        old = {} if key not in before and isinstance(new, Mapping) else old
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from differences(old, new, f"{path}.")
         elif old != new:

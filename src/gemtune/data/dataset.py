@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class ChatDataset:
         return collate(
             examples,
             pad_id=self.encoder.tokenizer.pad_token_id,
-            soft_ids=self.encoder.placeholders.soft_ids,
+            soft_ids=self.soft_ids,
             padding_side=padding_side,
         )
 
@@ -86,13 +86,31 @@ class ChatDataset:
         return collate_packed(
             rows,
             pad_id=self.encoder.tokenizer.pad_token_id,
-            soft_ids=self.encoder.placeholders.soft_ids,
+            soft_ids=self.soft_ids,
         )
+
+    def ids(self, i: int) -> np.ndarray:
+        """[S] int32 token ids of a row, not to be written to."""
+        return self.prepared.ids(int(self._rows[i]))
+
+    @property
+    def soft_ids(self) -> Mapping[str, int]:
+        """Kind of medium -> the id of its soft tokens."""
+        return self.encoder.placeholders.soft_ids
 
     @property
     def lengths(self) -> np.ndarray:
         """[N] tokens of each row."""
         return self.prepared.lengths[self._rows].astype(np.int64)
+
+    @property
+    def supervised_lengths(self) -> np.ndarray:
+        """[N] learned tokens of each row."""
+        return self.prepared.num_supervised_tokens[self._rows].astype(np.int64)
+
+    def media_per_row(self, kind: str) -> np.ndarray:
+        """[N] media of that kind in each row."""
+        return self.prepared.num_media[kind][self._rows].astype(np.int64)
 
     def kept_media(self, i: int) -> dict[str, tuple[int, int]]:
         """Of each kind (first, how many) of the media of `row(i)`; empty where it has none."""

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-GIB = 2**30
+from gemtune.memory.readings import GIB
+
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 

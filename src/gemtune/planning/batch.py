@@ -39,7 +39,8 @@ def largest_batch(
     if len(ids) >= row_tokens:
         raise ConfigError(
             f"plan.images_per_row={images_per_row}: {images_per_row} images of "
-            f"{image.num_soft_tokens} tokens do not fit into rows of data.max_length={row_tokens}. "
+            f"{image.num_soft_tokens} tokens do not fit into rows of {row_tokens} tokens "
+            "(plan.row_tokens, else data.max_length). "
             f"At most {(row_tokens - 1) // (image.num_soft_tokens + 2)} do."
         )
     input_ids = np.array(ids + [_TEXT_ID] * (row_tokens - len(ids)), dtype=np.int64)

@@ -42,15 +42,22 @@ _AUTOCAST = {"no": None, "bf16": torch.bfloat16}
 class PlanConfig:
     """The keys of the plan itself."""
 
-    images_per_row: int = option(0, "images of full size in each row")
+    from_data: bool = option(False, "read the data: rows are as long and as full as its largest")
+    row_tokens: int | None = option(None, "tokens of each row; null: data.max_length")
+    images_per_row: int = option(0, "images in each row")
+    image_tokens: int | None = option(None, "soft tokens of each image; null: of full size")
     learned_fraction: float = option(1.0, "share of a row that is learned; less text, less memory")
     world_size: int = option(1, "processes; with parallel=ddp each has buckets of gradients")
     device_memory_gib: float | None = option(None, "say whether it fits, and what would make it")
+    alternatives: int = option(0, "changes to plan where it fits as well")
     device: str = option("cuda", "cuda, or cpu: the loss takes smaller chunks there")
     output: str = option("", "write the plan to this JSON file as well")
 
     def __post_init__(self) -> None:
         require_range("plan.images_per_row", self.images_per_row, at_least=0)
+        require_range("plan.row_tokens", self.row_tokens, at_least=2)
+        require_range("plan.image_tokens", self.image_tokens, at_least=1)
+        require_range("plan.alternatives", self.alternatives, at_least=0)
         require_choice("plan.device", self.device, ["cuda", "cpu"])
         require_range("plan.world_size", self.world_size, at_least=1)
         require_range("plan.device_memory_gib", self.device_memory_gib, above=0)
@@ -163,14 +170,13 @@ def largest_inputs(
         empty: makes pixels; nothing looks at their values.
     """
     model_config, images = processing.model_config, processing.image_processor
+    # The bundled configurations come without a processor.
+    full_size = images.max_soft_tokens if images else model_config.vision_soft_tokens_per_image
     batch = largest_batch(
         model_config,
-        # The bundled configurations come without a processor.
-        soft_tokens=(
-            images.max_soft_tokens if images else model_config.vision_soft_tokens_per_image
-        ),
+        soft_tokens=plan.image_tokens or full_size,
         num_rows=config.loop.micro_batch_size,
-        row_tokens=config.data.max_length,
+        row_tokens=plan.row_tokens or config.data.max_length,
         images_per_row=plan.images_per_row,
         learned_fraction=plan.learned_fraction,
         packed=config.data.packing,

@@ -76,12 +76,16 @@ def proposals_page(proposals: list[Proposal], device_memory_gib: float) -> Rende
     return table
 
 
-def plan_document(plan: MemoryPlan, proposals: list[Proposal]) -> dict[str, Any]:
-    """The same for other programs. Sizes in bytes."""
+def plan_document(
+    plan: MemoryPlan, proposals: list[Proposal], device_memory_gib: float | None = None
+) -> dict[str, Any]:
+    """The same for other programs. Sizes in bytes, but for those whose names say GiB."""
     return {
+        "peak_gib": round(plan.peak_bytes / GIB, 3),
         "peak_bytes": plan.peak_bytes,
         "phase": plan.step.phase,
         "batch": plan.batch,
+        "device_memory_gib": device_memory_gib,
         "num_parameters": plan.num_parameters,
         "num_trained": plan.num_trained,
         "host_bytes": plan.host_bytes,
@@ -98,6 +102,7 @@ def plan_document(plan: MemoryPlan, proposals: list[Proposal]) -> dict[str, Any]
                 "overrides": list(proposal.overrides),
                 "cost": proposal.cost,
                 "peak_bytes": proposal.plan.peak_bytes,
+                "saves": proposal.saves,
                 "fits": proposal.fits,
             }
             for proposal in proposals

@@ -44,10 +44,13 @@ def propose(
     device_memory_gib: float,
     replan: Callable[[tuple[str, ...]], tuple[RunConfig, MemoryPlan]],
     planned: MemoryPlan,
+    *,
+    until_it_fits: bool = True,
 ) -> Iterator[Proposal]:
     """Change after change, each planned and kept where it saves anything, until the run fits.
 
     Args:
+        until_it_fits: False goes on to the last change that there is.
         replan: the configuration and the plan with these overrides added.
         planned: the plan without any.
     """
@@ -61,7 +64,7 @@ def propose(
         changed, plan = replan(overrides)
         saves, does_fit = plan.peak_bytes < least, fits(plan, device_memory_gib)
         yield Proposal(overrides, change.name, change.cost, plan, saves, does_fit)
-        if does_fit:
+        if does_fit and until_it_fits:
             return
         if saves:
             config, chosen, least = changed, overrides, plan.peak_bytes

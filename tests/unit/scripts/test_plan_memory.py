@@ -43,6 +43,28 @@ def test_a_plan_on_the_screen_and_as_a_document(tmp_path: Path) -> None:
     assert "forward" in done.stderr, "it says where it is"
 
 
+def test_the_rows_of_the_data_and_changes_where_it_fits(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    wanted = ("plan.from_data=true", "plan.alternatives=2", "plan.device_memory_gib=4")
+    done = plan_memory(
+        "loop.micro_batch_size=2", "data.max_rows=40", "data.max_length=64", *wanted,
+        f"plan.output={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(path.read_text())
+    # The longest of these rows have two images of four tokens.
+    assert plan["batch"] == "2 rows, 104 tokens, 10 of them learned, 4 images"
+    assert next(iter(plan)) == "peak_gib"
+    assert plan["peak_gib"] == round(plan["peak_bytes"] / 2**30, 3)
+    assert plan["device_memory_gib"] == 4
+    assert [p["overrides"] for p in plan["proposals"]] == [
+        ["model.gradient_checkpointing=true"],
+        ["model.gradient_checkpointing=true", "loop.micro_batch_size=1"],
+    ]
+    assert all(p["fits"] for p in plan["proposals"])
+    assert "fits into 4 GiB" in done.stdout and not list(tmp_path.glob(".*"))
+
+
 def test_where_nothing_fits_it_says_what_was_tried() -> None:
     fixed = ("adapter=lora", "parallel.mixed_precision=bf16", "model.freeze=[]")
     done = plan_memory(*SMALL, *fixed, "plan.device_memory_gib=1.001")

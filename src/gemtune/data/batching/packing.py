@@ -124,6 +124,11 @@ class PackedOrder:
         plan = self._plan(epoch)
         return tuple(plan.documents[plan.starts[row] : plan.starts[row + 1]].tolist())
 
+    def sums(self, values: np.ndarray, epoch: int) -> np.ndarray:
+        """[num_rows] of each row of an epoch, the sum of `values` [N] over its documents."""
+        plan = self._plan(epoch)
+        return np.add.reduceat(values[plan.documents], plan.starts[:-1])
+
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             while len(self._epochs) >= 2:  # a step may reach into the next one
