@@ -64,7 +64,8 @@ soak: $(READY) ## Kill runs at random moments, 100 times or KILLS=n, and compare
 	@.matrix/$*/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-bench: $(READY) ## Measure what each patch saves and costs, on the CPU
+bench: $(READY) ## Measure what each patch saves and costs, and whether peaks have risen, on the CPU
+	$(VENV)/bin/python benchmarks/memory_plan.py --gate
 	$(VENV)/bin/python scripts/benchmark.py suite=patches size=e2b_small device=cpu \
 		training=lora $(ARGS)
 

@@ -2,6 +2,10 @@
 
     python benchmarks/memory_plan.py                          # about 20 minutes
     python benchmarks/memory_plan.py --cases tiny_full --repetitions 1        # a trial
+    python benchmarks/memory_plan.py --gate                   # part of `make bench`, 3 minutes
+
+With `--gate` nothing is written: it ends with 1 where a planned or measured peak of some of the
+cases is more than 3% above what is committed.
 
 Each case is planned in one process and made in another: model, patches, adapter and optimizer as a
 run has them, two steps on the largest batch, of which the second counts. Measured is the kernel's
@@ -26,12 +30,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environment import REPOSITORY, describe, typed_command, write_result
+from environment import REPOSITORY, RESULTS, describe, typed_command, write_result
 
 sys.path[:0] = [str(REPOSITORY / "scripts"), str(REPOSITORY)]
 
 MIB = 2**20
 BOUND, BOUND_MIB = 0.05, 64
+GATE = 0.03
+GATE_CASES = ("tiny_full", "tiny_images", "small_full", "small_lora")
 SMALL = ("loop.micro_batch_size=4", "loop.global_batch_size=4")
 PAIR = ("loop.micro_batch_size=2", "loop.global_batch_size=2")
 # Name -> size, overrides, keys of the plan.
@@ -196,11 +202,44 @@ def measure(case: str, folder: Path, repetitions: int, threads: int) -> dict[str
     return row
 
 
+def gate(committed: dict[str, Any]) -> int:
+    """1 where a peak has risen by more than `GATE`, else 0; a line for each case.
+
+    Planned peaks are the same on every machine. Measured ones differ by what malloc keeps: the
+    lowest of two processes is compared with the highest that is committed.
+    """
+    threads, failed = committed["settings"]["threads"], 0
+    with tempfile.TemporaryDirectory(prefix="gemtune-plan-") as name:
+        folder = Path(name) / "e2b_small"
+        write_model(folder)
+        for case in GATE_CASES:
+            row = measure(case, folder, 2, threads)
+            failed += sum(print_rise(*each) for each in rises(case, row, committed["cases"][case]))
+    return int(failed > 0)
+
+
+def rises(case: str, now: dict[str, Any], before: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What is compared, in MiB: (name, now, committed)."""
+    return [
+        (f"{case} planned", now["planned_mib"], before["planned_mib"]),
+        (f"{case} measured", now["measured_mib"]["min"], before["measured_mib"]["max"]),
+    ]
+
+
+def print_rise(name: str, now: float, before: float) -> bool:
+    """Print one comparison; whether it has risen too much."""
+    too_much = now > before * (1 + GATE)
+    verdict = f"FAILED: more than {GATE:.0%} above" if too_much else "within"
+    print(f"{name}: {now:,.0f} MiB, {verdict} the committed {before:,.0f} MiB", flush=True)
+    return too_much
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gate", action="store_true", help="compare with what is committed")
     parser.add_argument("--part", choices=("plan", "run"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -208,6 +247,8 @@ def main() -> None:
         part = {"plan": plan, "run": run}[options.part]
         print(json.dumps(part(options.cases[0], options.folder)))
         return
+    if options.gate:
+        sys.exit(gate(json.loads((RESULTS / "memory_plan.json").read_text(encoding="utf-8"))))
     result = describe(typed_command(__file__))
     result["settings"] = {"threads": options.threads, "repetitions": options.repetitions}
     result["bound"] = {"fraction": BOUND, "mib": BOUND_MIB}

@@ -48,6 +48,8 @@ TABLES = {
     "vision_position_lookup": tables.vision_position_lookup,
     "relative_position_lookup": tables.relative_position_lookup,
     "memory_plan": tables.memory_plan,
+    "plan_times": tables.plan_times,
+    "step_records": tables.step_records,
     "patches_e2b_small_cpu": tables.price_tags,
     "patches_tiny_cpu": tables.price_tags,
     "patches_e2b_cuda": tables.price_tags,

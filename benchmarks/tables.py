@@ -246,6 +246,37 @@ def memory_plan(result: Result) -> str:
     return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
 
 
+def plan_times(result: Result) -> str:
+    """Time and memory of the planner itself."""
+    settings = result["settings"]
+    size = f"{settings['threads']} thread, medians of {settings['repetitions']} processes."
+    header = ["keys", "batch", "the plan says", "it took (min-max)", "of memory"]
+    rows = [
+        [
+            f"`{' '.join(row['keys'])}`",
+            row["batch"],
+            f"{row['planned_gib']:,.1f} GiB, {row['phase']}",
+            interval(row["seconds"], 1.0, 0) + " s",
+            f"{row['planner_gib']:.2f} GiB",
+        ]
+        for row in result["cases"].values()
+    ]
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
+def step_records(result: Result) -> str:
+    """Shares of a step."""
+    settings, seconds = result["settings"], result["step_seconds"]
+    size = (
+        f"the default run, {settings['steps']} steps of {interval(seconds, 1e3, 0)} ms, "
+        f"{settings['threads']} thread(s)."
+    )
+    rows = [[name, interval(share, 100, 3) + " %"] for name, share in result["shares"].items()]
+    rows.append(["together", interval(result["share"], 100, 3) + " %"])
+    header = ["what", "share of a step (min-max)"]
+    return f"{setting(result)}\n- Size: {size}\n\n{table(header, rows)}"
+
+
 def data_preparation(result: Result) -> str:
     """Rows a second, and how often TRL's."""
     settings = result["settings"]

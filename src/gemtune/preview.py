@@ -208,7 +208,8 @@ def summary_lines(preview: Preview) -> Iterator[str]:
         f"({share:.1%}); {media_counts(preview.num_media)}"
     )
     if preview.rejected:
-        yield f"{len(preview.rejected):,} rows cannot be learned from"
+        number = len(preview.rejected)
+        yield f"{number:,} row{'s' * (number != 1)} cannot be learned from"
 
 
 def media_counts(counts: Mapping[str, int]) -> str:

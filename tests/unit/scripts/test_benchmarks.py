@@ -232,3 +232,14 @@ def test_the_time_ends_when_the_device_is_done(load: Load) -> None:
     )
     load("measure").time_in_turn({"one": run}, 1, between, wait)
     assert events == ["between", "wait", "run", "wait"] * 2 + ["between"]
+
+
+def test_peaks_that_rise_are_found(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = load("memory_plan")
+    before = {"planned_mib": 100.0, "measured_mib": {"min": 110.0, "median": 112.0, "max": 115.0}}
+    now = {"planned_mib": 103.1, "measured_mib": {"min": 118.0, "median": 125.0, "max": 130.0}}
+    found = [plan.print_rise(*each) for each in plan.rises("tiny_full", now, before)]
+    assert found == [True, False]  # 118 is within 3% of the 115 that were seen before
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "tiny_full planned: 103 MiB, FAILED: more than 3% above the committed 100 MiB"
+    assert set(plan.GATE_CASES) < set(plan.CASES)
