@@ -158,7 +158,7 @@ def test_figures(data):
     assert (
         f"{preview.num_tokens} tokens, {preview.num_learned} of them learned ({share:.1%})" in said
     )
-    assert "1 rows cannot be learned from" in said
+    assert "1 row cannot be learned from" in said
 
 
 @pytest.mark.parametrize("lengths", [[], [5], [3, 3, 3], [1, 2, 100], list(range(1, 400))])
