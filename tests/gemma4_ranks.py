@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gemtune import adapters, patches
-from gemtune.adapters import Lora
+from gemtune.adapters import Dora, Lora
 from gemtune.models import StandIns, trained_modalities
 from gemtune.parallel import DDP, FSDP2
 from gemtune.parallel.fsdp import shard
@@ -58,6 +58,8 @@ class Case:
     patches: tuple[str, ...] | None = None
     frozen: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+    """The parts of an adapter."""
+    adapter: type[Lora] = Lora
     checkpointing: bool = False
     dtype: torch.dtype = torch.float64
     mixed_precision: str = "no"
@@ -78,10 +80,10 @@ class Case:
         model = base
         if self.lora:
             torch.manual_seed(3)
-            model = adapters.attach(base, Lora(rank=2, parts=list(self.lora)))
+            model = adapters.attach(base, self.adapter(rank=2, parts=list(self.lora)))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if "lora_B" in name:  # zeros would leave lora_A without a gradient
+                    if "_B" in name:  # zeros would leave lora_A without a gradient
                         parameter.normal_(std=0.05)
         return model.train(), base
 
@@ -130,6 +132,9 @@ CASES = {
     "experts": Case("26b_a4b_all_experts"),
     "dense": Case("31b", checkpointing=True),
     "LoRA": Case(lora=("language",), checkpointing=True),
+    "LoRA on experts": Case("26b_a4b_all_experts", lora=("experts", "language")),
+    "LoRA on embeddings": Case(lora=("language", "embeddings")),
+    "DoRA": Case(lora=("language", "vision"), adapter=Dora, checkpointing=True),
     "LoRA on everything": Case(lora=("language", "vision", "projector")),
     "float32 LoRA on bfloat16": Case(lora=("language",), dtype=torch.bfloat16),
     "bfloat16": Case(dtype=torch.bfloat16),

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from gemtune.adapters import Lora
+from gemtune.adapters import Lora, adapter_rows
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
@@ -28,6 +28,7 @@ class _Built(Protocol):
     eval_rows: ChatDataset
     base: nn.Module
     report: PatchReport
+    model: nn.Module
 
 
 def start_page(
@@ -41,6 +42,7 @@ def start_page(
         ("model", f"{config.model.name}, {_source(config, built.processing)}", ""),
         ("", f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})", ""),
         ("", _by_part(parts), ""),
+        *_adapter_rows(config, built.model),
         *_dtype_warning(config),
         *_data_rows(config, built),
         ("training", _training(config, runtime, session.num_steps), ""),
@@ -139,6 +141,12 @@ def _dtype_warning(config: RunConfig) -> Iterator[Row]:
         )
 
 
+def _adapter_rows(config: RunConfig, model: nn.Module) -> Iterator[Row]:
+    if isinstance(config.adapter, Lora):
+        for number, (part, text) in enumerate(adapter_rows(model, config.adapter)):
+            yield "" if number else "adapter", f"{part}: {text}", ""
+
+
 def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
     rows = built.train_rows
     if isinstance(rows, StreamedDataset):  # nothing else is known before
@@ -166,7 +174,7 @@ def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
 
 def _training(config: RunConfig, runtime: Runtime, num_steps: int) -> str:
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''}"
-    method = f"LoRA rank {config.adapter.rank}" if isinstance(config.adapter, Lora) else "full"
+    method = config.adapter.name if isinstance(config.adapter, Lora) else "full"
     return (
         f"{method}, {num_steps:,} steps of {config.loop.global_batch_size} rows, peak learning "
         f"rate {config.optim.lr:g} ({config.schedule.name}), {processes} on {runtime.device.type}"

@@ -60,11 +60,11 @@ def test_gradients_are_those_of_one_process(name: str, found: list[dict[str, Any
 def test_shards_hold_the_values_of_rank_0(name: str, found: list[dict[str, Any]]) -> None:
     for rank in range(RANKS):
         mine = found[rank][name]
-        frozen = CASES[name].frozen
+        frozen, adapted = CASES[name].frozen, CASES[name].lora
         for n, is_shard in mine["kinds"].items():
             is_tower_alone = any(
-                tower in n and (tower in frozen or CASES[name].lora == ("language",))
-                for tower in ("vision_tower", "audio_tower")
+                tower in n and (tower in frozen or (adapted and part not in adapted))
+                for part, tower in (("vision", "vision_tower"), ("audio", "audio_tower"))
             )
             assert is_shard != is_tower_alone, n
         assert mine["kinds after evaluation"] == mine["kinds"]

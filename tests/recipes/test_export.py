@@ -15,6 +15,7 @@ from whole_runs import RunFolder, TrainRun
 
 import recipes.gemma4_sft as recipe
 
+EVERYTHING = ("adapter.parts=[language,embeddings,projector]", "adapter.also_train=[norms]")
 STOCK = """
 import sys
 sys.modules["gemtune"] = sys.modules["peft"] = None  # importing them is an error
@@ -37,8 +38,13 @@ with torch.no_grad():
 
 @pytest.mark.parametrize(
     ("overrides", "tolerance"),
-    [((), 1e-5), (("recipe=gemma4_lora", "optim.lr=1e-2"), 1e-4)],
-    ids=["full", "lora"],
+    [
+        ((), 1e-5),
+        (("recipe=gemma4_lora", "optim.lr=1e-2"), 1e-4),
+        (("recipe=gemma4_vision_lora", "adapter=dora", "optim.lr=1e-2"), 1e-4),
+        (("adapter=lora", *EVERYTHING, "optim.lr=1e-2"), 1e-4),
+    ],
+    ids=["full", "lora", "dora", "embeddings and norms"],
 )
 def test_stock_transformers_gives_the_same_logits(
     train_run: TrainRun,

@@ -1,0 +1,85 @@
+"""The kinds of adapter and their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gemtune.errors import ConfigError
+from gemtune.options import option, require_choice, require_range
+
+PARTS = ("language", "experts", "embeddings", "vision", "audio", "projector")
+ALSO_TRAINED = ("router", "norms", "ple_projection", "projector")
+
+
+@dataclass
+class Adapter:
+    """No adapter: the parameters themselves are trained."""
+
+
+@dataclass
+class Lora(Adapter):
+    """LoRA (arXiv:2106.09685); everything else is frozen."""
+
+    rank: int = option(16, "rank of the update")
+    ranks: dict[str, int] = option(
+        {}, "part -> its rank, where it is another: adapter.ranks.vision=8"
+    )
+    alpha: float = option(32.0, "the update is scaled by alpha / rank")
+    dropout: float = option(0.0, "dropout in front of the update; not with experts")
+    parts: list[str] = option(["language"], ", ".join(PARTS))
+    also_train: list[str] = option([], f"in full, beside the adapter: {', '.join(ALSO_TRAINED)}")
+
+    name: ClassVar[str] = "LoRA"
+
+    def __post_init__(self) -> None:
+        require_range("adapter.rank", self.rank, at_least=1)
+        require_range("adapter.alpha", self.alpha, above=0)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout={self.dropout} must be in [0, 1).")
+        if not self.parts:
+            raise ConfigError(f"adapter.parts is empty. Parts: {', '.join(PARTS)}.")
+        for part in self.parts:
+            require_choice("adapter.parts", part, PARTS)
+        for part in self.also_train:
+            require_choice("adapter.also_train", part, ALSO_TRAINED)
+        for part, rank in self.ranks.items():
+            require_choice("adapter.ranks", part, PARTS)
+            require_range(f"adapter.ranks.{part}", rank, at_least=1)
+            if part not in self.parts:
+                raise ConfigError(
+                    f"adapter.ranks.{part}={rank}: {part} is not among "
+                    f"adapter.parts=[{','.join(self.parts)}]."
+                )
+        if "experts" in self.parts and self.dropout:
+            raise ConfigError(
+                f"adapter.dropout={self.dropout} is not possible with adapter.parts=experts: the "
+                "update of an expert is added to its weights, not to what comes out of them. "
+                "Use adapter.dropout=0."
+            )
+
+    def rank_of(self, part: str) -> int:
+        """The rank of a part's updates."""
+        return self.ranks.get(part, self.rank)
+
+
+@dataclass
+class RsLora(Lora):
+    """Rank-stabilised LoRA (arXiv:2312.03732): the update is scaled by alpha / sqrt(rank)."""
+
+    name: ClassVar[str] = "rsLoRA"
+
+
+@dataclass
+class Dora(Lora):
+    """DoRA (arXiv:2402.09353): direction by LoRA, and a magnitude of its own for each output."""
+
+    name: ClassVar[str] = "DoRA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in ("experts", "embeddings"):
+            if part in self.parts:
+                raise ConfigError(
+                    f"adapter=dora has no form for adapter.parts={part}. Use adapter=lora for it."
+                )
