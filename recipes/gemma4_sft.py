@@ -52,7 +52,8 @@ from gemtune.parallel.construction import build_base, choose_strategy, rebuild_a
 from gemtune.patches.host_memory import host_parameters
 from gemtune.patches.ple_offload import prefetch
 from gemtune.reporting import Reporter
-from gemtune.run_folder import MODEL_FOLDER, FolderLock, claim, open_folder, resume_points
+from gemtune.run_files import MODEL_FOLDER
+from gemtune.run_folder import FolderLock, claim, open_folder, resume_points
 from gemtune.run_memory import RunMemory
 from gemtune.runtime import Runtime, start
 from gemtune.step_recordings import StepRecordings, require_gpu_for_snapshot
@@ -127,13 +128,20 @@ def train_from(
 ) -> int:
     """The stages from distribution to the finished model; returns the exit status."""
     session, reporter, writer = open_session(config, runtime, ranks, stages, point, screen)
-    screen.panel(*start_page(config, runtime, stages, session, reporter.notice))
+    reporter.begin(
+        start_page(config, runtime, stages, session, reporter.notice),
+        stages.report,
+        stages.train_rows,
+        num_steps=session.num_steps,
+        memory_source=session.memory.source,
+    )
     reporter.rejected(stages.train_rows, stages.eval_rows, is_new=point is None)
     if is_finished(runtime, session):
         screen.say(f"this run is finished: all {session.num_steps} steps are done")
         screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
         reporter.finish()
         runtime.status.end(DONE, "it was finished before")
+        reporter.page()
         return DONE
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
@@ -168,6 +176,7 @@ def train_from(
     reporter.finish()
     runtime.stop.ending()
     runtime.status.end(code, reason)
+    reporter.page(hurry=not finished)
     return code
 
 

@@ -27,3 +27,7 @@ class PatchError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on, for example because its loss is not finite."""
+
+
+class ReportError(UserError):
+    """A folder that no report can be made of, or a place that it cannot be written to."""

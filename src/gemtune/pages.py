@@ -15,6 +15,7 @@ from gemtune.loop import Session
 from gemtune.models import Processing, part_parameters
 from gemtune.patches import PatchReport
 from gemtune.preview import media_counts
+from gemtune.run_files import REPORT_FILE
 from gemtune.runtime import Runtime
 
 # A pretrained Gemma 4 with its own template starts below this on ordinary text.
@@ -100,6 +101,7 @@ def closing_page(
     here = relative(session.runtime.run_dir)
     rows += [
         ("model", f"{here}/model (loads in stock transformers)", ""),
+        ("report", f"{here}/{REPORT_FILE} (curves, memory, data, samples; any browser)", ""),
         ("metrics", f"{here}/metrics.jsonl", ""),
         ("answers", f"{here}/answers.jsonl", ""),
         ("checkpoints", f"{here}/checkpoints", ""),

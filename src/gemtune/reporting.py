@@ -8,16 +8,22 @@ from typing import Any
 
 from gemtune.checkpoint import TrainState
 from gemtune.config import RunConfig
-from gemtune.console import Screen
+from gemtune.console import Row, Screen
 from gemtune.data import ChatDataset, StreamedDataset
-from gemtune.data.preparation.rejected import REJECTED_FILE, write_rejected
+from gemtune.data.preparation.rejected import write_rejected
+from gemtune.errors import ReportError
 from gemtune.evaluation import Answer
+from gemtune.patches import PatchReport
 from gemtune.preview import first_rows, row_text
-from gemtune.run_folder import ANSWERS_FILE, METRICS_FILE
+from gemtune.report import read_run, report_page, write_page
+from gemtune.run_files import ANSWERS_FILE, METRICS_FILE, REJECTED_FILE, REPORT_FILE
 from gemtune.runtime import Runtime
+from gemtune.start_record import write_start
 from gemtune.tracking import Dashboard, MetricsFile, NoDashboard, open_dashboard
 
 REJECTED_ROWS_SHOWN = 20
+# A report reads 50 MB a second.
+MOST_BYTES_IN_A_HURRY = 100_000_000
 
 
 class Reporter:
@@ -48,6 +54,32 @@ class Reporter:
     def newest(self) -> dict[str, Any]:
         """The record of the newest step so far."""
         return self._file.newest if self._file else {}
+
+    def begin(
+        self,
+        page: tuple[str, list[Row]],
+        report: PatchReport,
+        dataset: ChatDataset | StreamedDataset,
+        *,
+        num_steps: int,
+        memory_source: str,
+    ) -> None:
+        """The start-up page to the screen, and what only this start knows to `run.json`."""
+        self._screen.panel(*page)
+        if not self._runtime.is_main:
+            return
+        try:
+            write_start(
+                self._runtime,
+                page,
+                report,
+                first_rows(dataset, self._num_preview_rows),
+                num_steps=num_steps,
+                after_step=self._state.step,
+                memory_source=memory_source,
+            )
+        except OSError as error:
+            self._screen.say(f"run.json was not written, the report will lack it: {error}")
 
     def training(self, record: dict[str, Any]) -> None:
         """The record of a step: always to the file, elsewhere when one is due."""
@@ -115,6 +147,23 @@ class Reporter:
         staging.write_text("".join(lines), encoding="utf-8")
         staging.replace(path)
         self._screen.answers(answers)
+
+    def page(self, *, hurry: bool = False) -> None:
+        """`report.html`, once the run has said how it ended. It may fail, the run does not.
+
+        `hurry`: the time is somebody else's, so that a report that takes seconds is left out.
+        """
+        if not self._runtime.is_main:
+            return
+        folder = self._runtime.run_dir
+        try:
+            if hurry and (folder / METRICS_FILE).stat().st_size > MOST_BYTES_IN_A_HURRY:
+                raise ReportError(f"it would take a while: python scripts/report.py {folder}")
+            write_page(report_page(read_run(folder)), folder / REPORT_FILE)
+        except ReportError as error:
+            self._screen.say(f"no report: {error}")
+        except Exception as error:  # a file that is not as a run writes it
+            self._screen.say(f"no report: {error!r}. Try: python scripts/report.py {folder}")
 
     def finish(self) -> None:
         """Close file and dashboard."""

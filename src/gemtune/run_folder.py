@@ -16,11 +16,7 @@ from gemtune.checkpoint.state import read_document
 from gemtune.config import RunConfig, save_yaml
 from gemtune.errors import CheckpointError, ConfigError
 from gemtune.memory import remove_reports
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-ANSWERS_FILE = "answers.jsonl"
-MODEL_FOLDER = "model"
+from gemtune.run_files import CONFIG_FILE, METRICS_FILE, MODEL_FOLDER
 
 # What may change between two starts of a run: it decides how the run is watched, kept and spread,
 # not what is learned.

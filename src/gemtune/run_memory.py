@@ -22,8 +22,9 @@ from gemtune.loop import TrainBatch
 from gemtune.memory import LeakWatch, RunFacts, advice
 from gemtune.memory.holdings import holdings
 from gemtune.memory.readings import machine_memory
-from gemtune.planning.background import PLAN_FILE, BackgroundPlan
+from gemtune.planning.background import BackgroundPlan
 from gemtune.planning.bounds import bounds_of
+from gemtune.run_files import PLAN_FILE
 from gemtune.runtime import Runtime
 from gemtune.step_result import StepResult, held_mib
 

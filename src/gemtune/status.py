@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemtune import exit_codes
-
-STATUS_FILE = "status.json"
+from gemtune.run_files import STATUS_FILE
 
 _NAMES = {
     exit_codes.DONE: "finished",

@@ -75,6 +75,8 @@ def test_the_folder_holds_what_is_documented(finished_run: RunFolder) -> None:
         "metrics.jsonl",
         "model",
         "rejected.jsonl",
+        "report.html",
+        "run.json",
         "status.json",
     }
     assert finished_run.status == 0

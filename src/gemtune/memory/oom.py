@@ -12,8 +12,8 @@ import torch
 
 from gemtune.errors import TrainingError
 from gemtune.memory.readings import GIB, machine_memory, resident_gib
+from gemtune.run_files import OOM_FILE
 
-OOM_FILE = "oom.md"
 _SHOWN = 12
 _ROWS_SHOWN = 4
 

@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-PLAN_FILE = "plan.json"
-
 # Ends with the run however that ends (prctl(2)), and leaves the processors to it.
 _BESIDE = """
 import ctypes, os, runpy, signal, sys

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-REJECTED_FILE = "rejected.jsonl"
 _PLACE = re.compile(r"(?P<source>.+?) (?P<unit>line|row) (?P<number>\d+)[:,] (?P<reason>.*)", re.S)
 
 

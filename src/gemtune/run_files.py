@@ -1,0 +1,13 @@
+"""The names of what stands in `runs/<name>`. Imports nothing: scripts have them at once."""
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+STATUS_FILE = "status.json"
+START_FILE = "run.json"
+PLAN_FILE = "plan.json"
+OOM_FILE = "oom.md"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
