@@ -34,7 +34,7 @@ $(READY): pyproject.toml
 		  echo "Name another one: make setup PYTHON=python3.12"; exit 1; }
 	@echo "making $(VENV) and installing gemtune with what it needs (once; takes some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev,trackio]'
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev,trackio,dashboard]'
 	@touch $(READY)
 
 train: $(READY) ## Train: accelerate launch train.py recipe=gemma4_sft $(ARGS)

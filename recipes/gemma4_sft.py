@@ -143,10 +143,11 @@ def train_from(
         runtime.status.end(DONE, "it was finished before")
         reporter.page()
         return DONE
+    reporter.patches(stages.report)
+    reporter.preview(stages.train_rows)
     if point is not None:
         screen.say(f"going on after step {session.state.step}, from {point}")
     else:
-        reporter.preview(stages.train_rows)
         first = evaluate(session)
         session.state.first_eval_loss = first.get("eval/loss")
         reporter.figures(first)
@@ -238,11 +239,8 @@ def open_session(
 ) -> tuple[Session, Reporter, CheckpointWriter]:
     """Distribute -> restore -> open the run folder, its metrics and the dashboard."""
     trained = trained_modalities(stages.model)
-    model = runtime.distribute(
-        stages.model,
-        on_host=host_parameters(stages.model),
-        base=stages.base,
-    )
+    on_host = host_parameters(stages.model)
+    model = runtime.distribute(stages.model, on_host=on_host, base=stages.base)
     if runtime.is_sharded:
         encode_images_in_forward(stages.base)
     optimizer = config.optim.build(stages.model)
@@ -257,7 +255,9 @@ def open_session(
     loss_alone = not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(config.patches)
     # Without logits in evaluation too.
     forward_options = {"use_cache": False} | ({"skip_logits": True} if loss_alone else {})
-    run_memory = RunMemory(config, runtime, resident_gib=stages.resident_gib, say=screen.say)
+    run_memory = RunMemory(
+        config, runtime, resident_gib=stages.resident_gib, say=screen.say, on_plan=reporter.log_plan
+    )
     run_memory.plan(stages.batches)
     memory = PeakTracker(runtime.device)
     memory.begin_loss_after(base_model(stages.base))

@@ -19,9 +19,10 @@ from gemtune.report import read_run, report_page, write_page
 from gemtune.run_files import ANSWERS_FILE, METRICS_FILE, REJECTED_FILE, REPORT_FILE
 from gemtune.runtime import Runtime
 from gemtune.start_record import write_start
-from gemtune.tracking import Dashboard, MetricsFile, NoDashboard, open_dashboard
+from gemtune.tracking import Dashboard, MetricsFile, NoDashboard, open_dashboard, read_records
 
 REJECTED_ROWS_SHOWN = 20
+GIB = 2**30
 # A report reads 50 MB a second.
 MOST_BYTES_IN_A_HURRY = 100_000_000
 
@@ -39,10 +40,19 @@ class Reporter:
         self._every_steps = config.loop.log_every_steps
         self._file: MetricsFile | None = None
         self._dashboard: Dashboard | None = None
+        self._is_new_run = False
         if runtime.is_main:
-            self._file = MetricsFile(runtime.run_dir / METRICS_FILE, state.step)
+            path = runtime.run_dir / METRICS_FILE
+            self._file = MetricsFile(path, state.step)
+            # What a resumed run would only repeat is shown by its first start.
+            self._is_new_run = not self._file.newest
             self._dashboard = open_dashboard(
-                config.tracker, runtime.run_dir, config.run.name, state.run_id, config.as_dict()
+                config.tracker,
+                runtime.run_dir,
+                config.run.name,
+                state.run_id,
+                config.as_dict(),
+                read_records(path),
             )
 
     @property
@@ -117,9 +127,35 @@ class Reporter:
             more = len(rows) - REJECTED_ROWS_SHOWN
             self._screen.say(f"left out: {more:,} more, see {path}")
 
+    def patches(self, report: PatchReport) -> None:
+        """What each patch did and why, to the dashboard of a run that is new there."""
+        if self._is_new_run and self._dashboard is not None:
+            table = [[row.name, row.status, row.reason] for row in report.rows]
+            self._dashboard.log_table("patches", ["patch", "status", "reason"], table)
+
+    def log_plan(self, document: dict[str, Any]) -> None:
+        """A plan of the memory to the dashboard: phases with what they hold, and the highest.
+
+        Of each start that made one, whether the run is new or not: the batches may be others.
+
+        Args:
+            document: of `planning.page.plan_document`.
+        """
+        if self._dashboard is None:
+            return
+        phases = document["phases"]
+        kinds = list(dict.fromkeys(kind for held in phases.values() for kind in held["by_kind"]))
+        table = [
+            [phase, held["peak_bytes"] / GIB, *(held["by_kind"].get(k, 0) / GIB for k in kinds)]
+            for phase, held in phases.items()
+        ]
+        self._dashboard.log_table("plan", ["phase", "GiB", *kinds], table)
+        self._dashboard.log_summary({"memory/planned_peak_gib": document["peak_bytes"] / GIB})
+
     def preview(self, dataset: ChatDataset | StreamedDataset) -> None:
-        """A few rows as the model gets them, to the dashboard: what is learned between « »."""
-        if self._dashboard is None or isinstance(self._dashboard, NoDashboard):
+        """A few rows as the model gets them, what is learned between « », to the dashboard of a
+        run that is new there."""
+        if not self._is_new_run or isinstance(self._dashboard, NoDashboard | None):
             return
         rows = first_rows(dataset, self._num_preview_rows)
         if not rows:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launches import launched
+from wandb_files import written_starts
 from whole_runs import RunFolder, TrainRun
 
 from gemtune.errors import ConfigError
@@ -27,8 +28,10 @@ def test_every_record_says_what_is_held(finished_run: RunFolder) -> None:
 
 
 def test_the_plan_joins_the_records_of_a_launch(tmp_path: Path) -> None:
-    options = ("memory.plan=true", "loop.max_steps=5000")
-    with launched(tmp_path, *options, processes=1) as launch:
+    options = ("memory.plan=true", "loop.max_steps=5000", "tracker=wandb", "tracker.mode=offline")
+    folders = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
+    environment = dict.fromkeys(folders, str(tmp_path / "wandb"))
+    with launched(tmp_path, *options, processes=1, environment=environment) as launch:
         metrics = launch.run.path / "metrics.jsonl"
         launch.wait_until(
             lambda: metrics.exists() and b'"memory/plan_error"' in metrics.read_bytes()
@@ -43,6 +46,15 @@ def test_the_plan_joins_the_records_of_a_launch(tmp_path: Path) -> None:
     # Of a tiny model kernels and caches are a good part; tensors alone are the plan's.
     measured = planned * (1 + newest["memory/plan_error"])
     assert -0.01 < measured - planned < 0.2
+
+    (start,) = written_starts(launch.run.path)
+    table = dict(start.tables)["plan"]
+    rows = {row[0]: row[1:] for row in table["data"]}
+    assert rows.keys() == plan["phases"].keys()
+    assert max(peak for peak, *_ in rows.values()) == pytest.approx(planned)
+    for peak, *kinds in rows.values():
+        assert sum(kinds) == pytest.approx(peak)
+    assert start.summary["memory/planned_peak_gib"] == pytest.approx(planned)
 
 
 def test_a_trace_of_the_step_that_was_asked_for(train_run: TrainRun) -> None:

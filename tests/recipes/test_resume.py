@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from wandb_files import written_starts
 from whole_runs import REPOSITORY, SMALL, RunFolder, TrainRun, press_ctrl_c_after
 
 from gemtune.errors import CheckpointError, ConfigError
+from gemtune.tracking.groups import GROUPS
+from gemtune.tracking.workspace import layout
 
 LORA = ("recipe=gemma4_lora", "adapter.dropout=0.1")
 
@@ -36,10 +39,13 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
     return RunFolder(folder, 0)
 
 
+WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        WANDB,
         ("data.num_workers=2",),
         ("data.packing=true", "data.max_length=64", "data.num_workers=2"),
         ("data.bucket_rows=16",),
@@ -48,7 +54,7 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
         (*LORA, "model.gradient_checkpointing=true", "data.num_workers=2"),
     ],
     ids=[
-        "plain",
+        "plain-wandb",
         "workers",
         "packed",
         "buckets",
@@ -60,6 +66,8 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
 def test_ctrl_c_and_the_same_command_again(
     train_run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
     whole = train_run(*overrides, run_dir=tmp_path / "whole")
 
     with monkeypatch.context() as patched:
@@ -75,6 +83,42 @@ def test_ctrl_c_and_the_same_command_again(
     assert [m["step"] for m in resumed.metrics()] == [0, 1, 2, 3, 4]
     assert resumed.training_state() == whole.training_state()
     assert resumed.metrics()[-1]["eval/loss"] == whole.metrics()[-1]["eval/loss"]
+    if overrides == WANDB:
+        assert_one_run_in_wandb(resumed, whole)
+
+
+def assert_one_run_in_wandb(resumed: RunFolder, whole: RunFolder) -> None:
+    """Two starts wrote what one start does, under one id; names and steps are those of the file."""
+    first, second = written_starts(resumed.path)
+    (alone,) = written_starts(whole.path)
+    assert first.run_id == second.run_id != alone.run_id
+    assert first.config["optim"]["lr"] == second.config["optim"]["lr"] == 3e-3
+    assert not first.points.keys() & second.points.keys()
+    points = first.points | second.points
+    stalls = {(name, n) for name, n in points if name == "system/checkpoint_stall_seconds"}
+    assert points.keys() - stalls == {p for p in alone.points if p[0] not in {n for n, _ in stalls}}
+    assert {n for _, n in stalls} == {2, 4}  # saved when it was stopped, and at its end
+    recorded = {
+        (name, record["step"]): value
+        for record in resumed.metrics()
+        for name, value in record.items()
+    }
+    for n in range(1, 5):
+        assert points["train/loss", n] == recorded["train/loss", n]
+        (peak,) = recorded["memory/peak_gib_per_rank", n]
+        assert points["memory/rank_0_peak_gib", n] == peak
+        assert points["data/tokens", n] == recorded["train/tokens", n]
+    assert {name.split("/")[0] for name, _ in points} == set(GROUPS)
+    panels = [panel for section in layout() for panel in section.panels]
+    unseen = {name for name, _ in points if not any(p.shows(name) for p in panels)}
+    assert not unseen, "logged, and in no panel of the layout"
+
+    assert [name for name, _ in first.tables] == ["patches", "data/preview"]
+    assert second.tables == []
+    (_, patches), (_, preview) = first.tables
+    state = json.loads((resumed.checkpoints()[-1] / "state.json").read_text())
+    assert patches["data"] == [[p["name"], p["status"], p["reason"]] for p in state["patches"]]
+    assert len(preview["data"]) == 4 and all("«" in row[-1] for row in preview["data"])
 
 
 def test_dropout_is_on_in_the_test_above(train_run: TrainRun, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_run_records_what_it_shows_and_what_it_left_out(data, tmp_path):
         reporter = Reporter.__new__(Reporter)
         reporter._runtime = SimpleNamespace(run_dir=tmp_path, is_main=is_main)
         reporter._screen, reporter._dashboard = screen, _Table() if is_main else None
-        reporter._num_preview_rows = 4
+        reporter._num_preview_rows, reporter._is_new_run = 4, is_main
         reporter.rejected(data, data, is_new=True)
         reporter.preview(data)
         assert (tmp_path / "rejected.jsonl").exists() == is_main
