@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from gemtune.data import (
     StreamedDataset,
     prepare,
 )
-from gemtune.evaluation import exact_match, generate_answers, rounds_of_rank
+from gemtune.evaluation import exact_match, generate_answers
 from gemtune.exit_codes import DONE
 from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
@@ -41,7 +40,6 @@ from gemtune.losses import HostLabels
 from gemtune.memory import PeakTracker, resident_gib
 from gemtune.models import (
     Processing,
-    StandIns,
     base_model,
     encode_images_in_forward,
     load_processing,
@@ -59,6 +57,7 @@ from gemtune.runtime import Runtime, start
 from gemtune.step_recordings import StepRecordings, require_gpu_for_snapshot
 from gemtune.tracking import new_run_id
 from gemtune.watchdog import Limits
+from recipes.batches import batch_stream, evaluation_batches, stand_in
 
 
 @dataclass
@@ -287,20 +286,9 @@ def open_session(
 
     session.look_ahead = look_ahead
     if trained and runtime.world_size > 1:
-        session.after_backward = stand_in(trained, runtime, stages)
+        rows = (stages.train_rows, stages.eval_rows)
+        session.after_backward = stand_in(trained, runtime, stages.base, *rows)
     return session, reporter, writer
-
-
-def stand_in(trained: set[str], runtime: Runtime, stages: Stages) -> Callable[[], None]:
-    """A batch of text alone gives the towers no gradient, a batch of another rank may: from now on
-    each runs in every forward. Returns what is to be done after the backward passes of a step."""
-    in_data = stages.train_rows.media_kinds | stages.eval_rows.media_kinds
-    kinds = {"audio"} & trained
-    if "vision" in trained:
-        kinds |= in_data & {"image", "video"} or {"image"}
-    stand_ins = StandIns(stages.base, kinds, without_autograd=runtime.is_sharded)
-    always = stages.train_rows.media_in_every_row
-    return lambda: stand_ins.forget_unfed(runtime.on_any, always)
 
 
 def restore_from(
@@ -333,34 +321,6 @@ def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
         ],
         **software(),
     }
-
-
-def batch_stream(
-    config: RunConfig, runtime: Runtime, rows: ChatDataset | StreamedDataset
-) -> BatchStream:
-    """This rank's micro-batches of every step."""
-    return BatchStream(
-        rows,
-        seed=config.run.seed,
-        global_batch_size=config.loop.global_batch_size,
-        micro_batch_size=config.loop.micro_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        num_workers=config.data.num_workers,
-        shuffle=config.data.shuffle,
-        pin_memory=runtime.device.type == "cuda",
-        lengths=rows.lengths,
-        packed_tokens=config.data.max_length if config.data.packing else None,
-        bucket_rows=config.data.bucket_rows,
-    )
-
-
-def evaluation_batches(config: RunConfig, runtime: Runtime, rows: ChatDataset) -> Iterator[Batch]:
-    """This rank's share of the evaluation rows."""
-    size = config.loop.eval_micro_batch_size
-    for numbers, count in rounds_of_rank(runtime, len(rows), size):
-        batch = rows.batch([rows[i] for i in numbers])
-        yield batch if count else replace(batch, num_supervised_tokens=0)
 
 
 def conclude(
