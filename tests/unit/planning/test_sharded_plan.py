@@ -133,3 +133,15 @@ def test_shards_are_proposed_where_there_are_processes() -> None:
     # Neither a single process nor one that is sharded.
     others = [*proposed(replace(copied, world_size=1)), *proposed(sharded, "parallel=fsdp2")]
     assert others and not any("parallel=fsdp2" in p.overrides for p in others)
+
+
+def test_layers_are_recomputed_under_shards_as_without() -> None:
+    """FSDP2 gives layers another class, whose forward recomputes; patches must call that one."""
+    arguments = (*SMALL, "data.max_length=256", "model.gradient_checkpointing=true")
+    arguments += ("patches=[linear_cross_entropy,supervised_positions]",)
+    whole, shard = (
+        plan_memory(compose(*arguments, f"parallel={how}"), PlanConfig(world_size=2)).step
+        for how in ("ddp", "fsdp2")
+    )
+    kept = [step.peaks["loss"].by_kind["forward"] for step in (whole, shard)]
+    assert kept[1] == pytest.approx(kept[0], rel=0.1)
