@@ -9,16 +9,19 @@ Takes the keys of train.py and its own:
     plan.images_per_row=2          images in each row (0)
     plan.image_tokens=64           tokens of each image (of one of full size)
     plan.learned_fraction=0.3      share of a row that is learned (1.0: the most that can be)
-    plan.world_size=8              processes, each with the whole model (1)
-    plan.device_memory_gib=24      whether it fits, and what would make it
+    plan.world_size=8              processes, with copies of the model or shards of it (1)
+    plan.device_memory_gib=24      whether it fits, and what would make it; parallel=auto
+                                   needs it to choose between copies and shards
     plan.alternatives=3            changes to plan where it fits as well (0)
     plan.device=cpu                for a run on the CPU (cuda)
     plan.output=PLAN.json          the plan as a document
 
 One optimizer step of the model itself, with its patches and its adapter, is followed tensor by
-tensor; what tensors of floating point hold is left out. It is the memory of tensors: CUDA's context
-and what its allocator cannot use come on top, 1 GiB is kept for them. The exit status is 1 where
-nothing was found that fits.
+tensor; what tensors of floating point hold is left out. With parallel=fsdp2 it is the step of the
+first of plan.world_size processes: its shards, weights while they are gathered, and the buffers of
+collectives. It is the memory of tensors: CUDA's context, NCCL's buffers and what the allocator
+cannot use come on top, 1 GiB is kept for them. The exit status is 1 where nothing was found that
+fits.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gemtune.errors import ConfigError
 from gemtune.options import option, require_range
 from gemtune.parallel import ParallelConfig, Strategy, refuse_foreign_sharding
-from gemtune.parallel.fsdp import shard
-from gemtune.parallel.units import find_units
+from gemtune.parallel.fsdp import shard_model
 from gemtune.signals import StopSignal
 from gemtune.status import StatusFile
 from gemtune.watchdog import Watchdog
@@ -105,13 +104,13 @@ class Runtime:
         parameters: `model` itself, or what an adapter is around.
         """
         if self.is_sharded:
-            root = base or model
-            # Names as the base has them; an adapter puts its own in front.
-            names = {id(parameter): name for name, parameter in root.named_parameters()}
-            host_names = [names[id(model.get_parameter(name))] for name in on_host]
-            mixed_precision = self.accelerator.mixed_precision
-            units = find_units(root, host_names)
-            shard(root, units, self.device, mixed_precision=mixed_precision)
+            shard_model(
+                model,
+                base or model,
+                self.device,
+                on_host=on_host,
+                mixed_precision=self.accelerator.mixed_precision,
+            )
             # Autocast; not DDP's wrapper.
             return self.accelerator.prepare_model(
                 model, device_placement=False, evaluation_mode=True

@@ -31,10 +31,7 @@ def choose_strategy(config: RunConfig, runtime: Runtime, processing: Processing)
     asked, copy_bytes = config.parallel.strategy, 0
     device_bytes = smallest_device_bytes(runtime.device)
     if asked == AUTO and runtime.world_size > 1 and device_bytes is not None:
-        skeleton = load_model(config.model, processing, config.run.seed, without_weights=True)
-        elsewhere = {id(p) for p in _hosted_parameters(skeleton, config)}
-        parameters = attach(skeleton, config.adapter).parameters()
-        copy_bytes = training_bytes(p for p in parameters if id(p) not in elsewhere)
+        copy_bytes = bytes_of_copy(config, processing)
         device_bytes = int(min(row[0] for row in runtime.table([float(device_bytes)])))
     return decide(
         asked,
@@ -42,6 +39,14 @@ def choose_strategy(config: RunConfig, runtime: Runtime, processing: Processing)
         copy_bytes=copy_bytes,
         device_bytes=device_bytes,
     )
+
+
+def bytes_of_copy(config: RunConfig, processing: Processing) -> int:
+    """What `training_bytes` says of the model that this configuration trains, on its device."""
+    skeleton = load_model(config.model, processing, config.run.seed, without_weights=True)
+    elsewhere = {id(p) for p in _hosted_parameters(skeleton, config)}
+    parameters = attach(skeleton, config.adapter).parameters()
+    return training_bytes(p for p in parameters if id(p) not in elsewhere)
 
 
 def build_base(config: RunConfig, runtime: Runtime, processing: Processing) -> nn.Module:

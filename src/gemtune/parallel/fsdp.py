@@ -6,7 +6,7 @@ accelerate would route processes on the CPU to DDP, and wrap by class names (tra
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from gemtune.parallel.units import Units
+from gemtune.parallel.units import Units, find_units
 from gemtune.parallel.weights import (
     Blueprint,
     agree_on_blueprint,
@@ -23,6 +23,25 @@ from gemtune.parallel.weights import (
     give_memory,
     send_from_first,
 )
+
+
+def shard_model(
+    model: nn.Module,
+    base: nn.Module,
+    device: torch.device,
+    *,
+    on_host: Sequence[str],
+    mixed_precision: str,
+) -> None:
+    """Shard `base`, which holds all parameters of `model`: itself, or what an adapter is around.
+
+    `on_host` are the names, in `model`, of frozen parameters that stay in host memory. Else as
+    `shard`, over the units of `find_units`.
+    """
+    # Names as the base has them; an adapter puts its own in front.
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    host_names = [names[id(model.get_parameter(name))] for name in on_host]
+    shard(base, find_units(base, host_names), device, mixed_precision=mixed_precision)
 
 
 def shard(root: nn.Module, units: Units, device: torch.device, *, mixed_precision: str) -> None:

@@ -197,8 +197,9 @@ def _replaced_before(change: Edit | Wrap) -> PatchError:
 def _as_edit(wrap: Wrap) -> Edit:
     """The edit that puts `wrap.around` over the method as it is now."""
     current = vars(wrap.owner).get(wrap.attribute)
+    inner: Callable[..., Any]
     if current is None:
-        inner = getattr(type(wrap.owner), wrap.attribute)
+        inner = _method_of_class(type(wrap.owner), wrap.attribute)
     elif isinstance(current, MethodType):
         inner = current.__func__
     else:
@@ -211,6 +212,19 @@ def _as_edit(wrap: Wrap) -> Edit:
         return around(self, functools.partial(inner, self), *args, **kwargs)
 
     return Edit(wrap.owner, wrap.attribute, MethodType(wrapped, wrap.owner), wrap.site)
+
+
+def _method_of_class(owner: type, name: str) -> Callable[..., Any]:
+    """The method of the class that an instance has when it is called, which FSDP2 changes.
+
+    transformers 5.23 recomputes a layer by the outermost `forward` of its class, and by no other.
+    """
+
+    @functools.wraps(getattr(owner, name))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    return method
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemtune import adapters, patches
 from gemtune.attention import separate_documents
@@ -21,13 +21,23 @@ from gemtune.data import Batch
 from gemtune.errors import ConfigError
 from gemtune.losses import HostLabels
 from gemtune.losses.budgets import accelerator_budgets
-from gemtune.models import Processing, base_model, load_model, load_processing
+from gemtune.models import (
+    Processing,
+    StandIns,
+    base_model,
+    load_model,
+    load_processing,
+    trained_modalities,
+)
 from gemtune.options import option, require_choice, require_range
-from gemtune.parallel import FSDP2
+from gemtune.parallel import AUTO, DDP, Strategy, decide
+from gemtune.parallel.construction import bytes_of_copy
+from gemtune.parallel.fsdp import shard_model
 from gemtune.patches.host_memory import host_parameters
 from gemtune.planning.batch import largest_batch
 from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
+from gemtune.planning.world import first_of
 
 _BUNDLED = {
     "google/gemma-4-E2B-it": "gemma-4-e2b.json",
@@ -47,7 +57,7 @@ class PlanConfig:
     images_per_row: int = option(0, "images in each row")
     image_tokens: int | None = option(None, "soft tokens of each image; null: of full size")
     learned_fraction: float = option(1.0, "share of a row that is learned; less text, less memory")
-    world_size: int = option(1, "processes; with parallel=ddp each has buckets of gradients")
+    world_size: int = option(1, "processes: copies of the model (ddp) or shards of it (fsdp2)")
     device_memory_gib: float | None = option(None, "say whether it fits, and what would make it")
     alternatives: int = option(0, "changes to plan where it fits as well")
     device: str = option("cuda", "cuda, or cpu: the loss takes smaller chunks there")
@@ -67,7 +77,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one process of a run takes on its device."""
+    """What one process of a run takes on its device; of several the first, which has the most."""
 
     step: StepPlan
     bucket_bytes: int
@@ -75,17 +85,26 @@ class MemoryPlan:
     host_bytes: int
     """Of weights that patches keep in host memory."""
     num_trained: int
-    """Parameters."""
+    """Parameters, of all shards together."""
     num_parameters: int
     batch: str
     """What was planned for."""
     report: str
     """The patches."""
+    strategy: Strategy
+    """How the processes share the model."""
+    world_size: int
+    """Processes."""
 
     @property
     def peak_bytes(self) -> int:
         """The most that tensors take at once."""
         return self.step.peak.total_bytes + self.bucket_bytes
+
+    @property
+    def is_sharded(self) -> bool:
+        """A single process holds the whole model, whatever was asked for."""
+        return self.strategy.is_sharded and self.world_size > 1
 
 
 def plan_memory(
@@ -93,20 +112,31 @@ def plan_memory(
 ) -> MemoryPlan:
     """Follow one step of the run on the largest batch that it can meet.
 
-    The model, its patches and its adapter are those of the run; tensors of floating point have no
-    values. Batches count with `data.max_length` tokens in every row.
+    The model, its patches, its adapter and its shards are those of the run; tensors of floating
+    point have no values. Batches count with `data.max_length` tokens in every row. Under
+    `parallel=fsdp2` it is the step of rank 0, every other rank taken to be as it is.
 
     Raises:
-        UserError: as the run would; ConfigError: `parallel=fsdp2`, which is not planned yet.
+        UserError: as the run would; ConfigError: a plan of shards where this process belongs to a
+            process group.
     """
-    if config.parallel.strategy == FSDP2:
-        raise ConfigError(
-            "parallel=fsdp2: what shards take is not planned yet. parallel=ddp plans a process "
-            "that holds the whole model; sharded over N, weights, gradients and optimizer state "
-            "take about an N-th of what it says."
-        )
     config = copy.deepcopy(config)  # building decides some of its keys
+    config.loop.check_world_size(plan.world_size)
     processing = processing_for_plan(config)
+    strategy = planned_strategy(config, plan, processing)
+    is_sharded = strategy.is_sharded and plan.world_size > 1
+    with first_of(plan.world_size) if is_sharded else nullcontext():
+        return _follow(config, plan, processing, strategy, is_sharded, progress)
+
+
+def _follow(
+    config: RunConfig,
+    plan: PlanConfig,
+    processing: Processing,
+    strategy: Strategy,
+    is_sharded: bool,
+    progress: Callable[[str], None],
+) -> MemoryPlan:
     progress("building the model")
     shadow = Shadow()
     base = load_model(config.model, processing, config.run.seed, without_weights=True)
@@ -114,9 +144,9 @@ def plan_memory(
     if config.data.packing:
         separate_documents(base)
     model = shadow.without_values(adapters.attach(base, config.adapter))
+    shadow.leave_out(model.get_parameter(name) for name in host_parameters(model))
+    after_backward = distribute(config, plan.world_size, is_sharded, model, base)
     optimizer = config.optim.build(model)
-    hosted = [model.get_parameter(name) for name in host_parameters(model)]
-    shadow.leave_out(hosted)
     batch, inputs = largest_inputs(config, plan, processing, shadow.empty)
     with accelerator_budgets() if plan.device == "cuda" else nullcontext():
         step = follow_step(
@@ -127,22 +157,62 @@ def plan_memory(
             loss_begins_after=base_model(base),
             max_grad_norm=config.loop.max_grad_norm,
             autocast_dtype=_AUTOCAST[config.parallel.mixed_precision],
+            after_backward=after_backward,
             progress=progress,
         )
     parameters = list(model.parameters())
+    hosted = [model.get_parameter(name) for name in host_parameters(model)]
     trained_bytes = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     tokens = f"{batch.labels.numel():,} tokens"
     images = plan.images_per_row * config.loop.micro_batch_size
     return MemoryPlan(
         step=step,
-        bucket_bytes=trained_bytes if plan.world_size > 1 else 0,
+        bucket_bytes=trained_bytes if plan.world_size > 1 and not is_sharded else 0,
         host_bytes=sum(p.numel() * p.element_size() for p in hosted),
         num_trained=sum(p.numel() for p in parameters if p.requires_grad),
         num_parameters=sum(p.numel() for p in parameters),
         batch=f"{len(batch.labels)} rows, {tokens}, {batch.num_supervised_tokens:,} of them "
         f"learned, {images} images",
         report=str(report),
+        strategy=strategy,
+        world_size=plan.world_size,
     )
+
+
+def planned_strategy(config: RunConfig, plan: PlanConfig, processing: Processing) -> Strategy:
+    """What `parallel.strategy` stands for on `plan.world_size` devices of the plan's memory."""
+    asked, device_bytes = config.parallel.strategy, None
+    if asked == AUTO and plan.world_size > 1 and plan.device == "cuda":
+        if plan.device_memory_gib is None:
+            return Strategy(DDP, "auto: plan.device_memory_gib does not say what the GPUs have")
+        device_bytes = int(plan.device_memory_gib * 2**30)
+    return decide(
+        asked,
+        num_processes=plan.world_size,
+        copy_bytes=0 if device_bytes is None else bytes_of_copy(config, processing),
+        device_bytes=device_bytes,
+    )
+
+
+def distribute(
+    config: RunConfig, world_size: int, is_sharded: bool, model: nn.Module, base: nn.Module
+) -> Callable[[], None]:
+    """Shards and stand-ins for media as a run makes them; returns what follows its backward passes.
+
+    Buckets of DDP are not made.
+    """
+    trained = trained_modalities(model)
+    if is_sharded:
+        mixed_precision = config.parallel.mixed_precision
+        on_host = host_parameters(model)
+        shard_model(
+            model, base, torch.device("cpu"), on_host=on_host, mixed_precision=mixed_precision
+        )
+    if not trained or world_size == 1:
+        return lambda: None
+    kinds = {"audio"} & trained | ({"image"} if "vision" in trained else set())
+    stand_ins = StandIns(base, kinds, without_autograd=is_sharded)
+    return lambda: stand_ins.forget_unfed(lambda fed: fed)
 
 
 def processing_for_plan(config: RunConfig) -> Processing:

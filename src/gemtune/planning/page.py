@@ -12,7 +12,15 @@ from rich.text import Text
 
 from gemtune.planning.memory_plan import MemoryPlan
 from gemtune.planning.proposals import GIB, RESERVED_GIB, Proposal
-from gemtune.planning.storages import GRADIENTS, INPUTS, OPTIMIZER_STATE, PARAMETERS, Peak
+from gemtune.planning.storages import (
+    GATHERED,
+    GRADIENTS,
+    INPUTS,
+    OPTIMIZER_STATE,
+    PARAMETERS,
+    STAGING,
+    Peak,
+)
 
 BUCKETS = "buckets"
 _COLOURS = {
@@ -21,6 +29,8 @@ _COLOURS = {
     OPTIMIZER_STATE: "magenta",
     INPUTS: "white",
     BUCKETS: "bright_red",
+    GATHERED: "bright_blue",
+    STAGING: "bright_yellow",
     "forward": "green",
     "loss": "yellow",
     "backward": "cyan",
@@ -43,8 +53,10 @@ def plan_page(plan: MemoryPlan) -> RenderableType:
         held = _kinds(plan, peak)
         cells = [_gib(held[kind]) for kind in kinds]
         table.add_row(phase, *cells, _gib(peak.total_bytes + plan.bucket_bytes))
+    among = f"first of {plan.world_size} processes; {plan.strategy.describe(plan.world_size)}"
     lines = [
         f"planned for {plan.batch}",
+        *([among] if plan.world_size > 1 else []),
         f"{plan.num_parameters:,} parameters, {plan.num_trained:,} trained"
         + (f"; {_gib(plan.host_bytes)} GiB of them stay in host memory" * bool(plan.host_bytes)),
         f"peak: {plan.peak_bytes / GIB:.2f} GiB of tensors, in {plan.step.phase}",
@@ -86,6 +98,8 @@ def plan_document(
         "phase": plan.step.phase,
         "batch": plan.batch,
         "device_memory_gib": device_memory_gib,
+        "world_size": plan.world_size,
+        "strategy": plan.strategy.name,
         "num_parameters": plan.num_parameters,
         "num_trained": plan.num_trained,
         "host_bytes": plan.host_bytes,

@@ -10,12 +10,13 @@ from gemtune import patches
 from gemtune.adapters import Adapter
 from gemtune.config import RunConfig
 from gemtune.models import PARTS
+from gemtune.parallel import FSDP2
 from gemtune.planning.memory_plan import MemoryPlan
 
 GIB = 2**30
 RESERVED_GIB = 1.0
 """Not for tensors: CUDA's context and libraries (about 0.5 GiB), and what the allocator cannot
-use because it lies in pieces."""
+use because it lies in pieces or, under FSDP2, in the pool of another stream."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def propose(
 ) -> Iterator[Proposal]:
     """Change after change, each planned and kept where it saves anything, until the run fits.
 
+    Of several processes (those of `planned`) shards are among the changes.
+
     Args:
         until_it_fits: False goes on to the last change that there is.
         replan: the configuration and the plan with these overrides added.
@@ -56,8 +59,9 @@ def propose(
     """
     chosen: tuple[str, ...] = ()
     least = planned.peak_bytes
+    may_shard = planned.world_size > 1 and not planned.is_sharded
     tried: set[str] = set()
-    while change := next((c for c in _changes(config) if c.override not in tried), None):
+    while change := next((c for c in _changes(config, may_shard) if c.override not in tried), None):
         tried.add(change.override)
         key = change.override.partition("=")[0]
         overrides = (*(o for o in chosen if o.partition("=")[0] != key), change.override)
@@ -68,6 +72,7 @@ def propose(
             return
         if saves:
             config, chosen, least = changed, overrides, plan.peak_bytes
+            may_shard = plan.world_size > 1 and not plan.is_sharded
 
 
 class _Change(NamedTuple):
@@ -76,7 +81,7 @@ class _Change(NamedTuple):
     name: str
 
 
-def _changes(config: RunConfig) -> Iterator[_Change]:
+def _changes(config: RunConfig, may_shard: bool) -> Iterator[_Change]:
     """Single changes that are left to make, from the cheapest to the dearest."""
     missing = [name for name in patches.default() if name not in config.patches]
     if missing:
@@ -87,6 +92,9 @@ def _changes(config: RunConfig) -> Iterator[_Change]:
     if "vision" in config.model.freeze and "vision_streaming" not in config.patches:
         cost = "the vision tower copied from host memory for each micro-batch"
         yield _more_patches(config, ["vision_streaming"], cost)
+    if may_shard:
+        cost = "weights sent between the processes in every pass"
+        yield _set(f"parallel={FSDP2}", cost)
     if not config.model.gradient_checkpointing:
         yield _set("model.gradient_checkpointing=true", "layers computed twice: 1/3 more time")
     if config.loop.micro_batch_size > 1:

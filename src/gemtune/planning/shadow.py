@@ -32,22 +32,16 @@ class Shadow(StorageFollower):
         super().__post_init__()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func in _INDEXING:
                 args = (args[0], _as_positions(args[1]), *args[2:])
-            out = func(*args, **kwargs)
-        elif tensors or func in _COUNTING or not _is_floating(kwargs):
-            out = func(*args, **kwargs)
-        else:
-            with self._fake:
-                out = func(*args, **kwargs)
-        self._see(out)
-        return out
+            return func(*args, **kwargs)
+        if tensors or func in _COUNTING or not _is_floating(kwargs):
+            return func(*args, **kwargs)
+        with self._fake:
+            return func(*args, **kwargs)
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """A tensor without values, that is not counted."""

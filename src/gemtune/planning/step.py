@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 
 from gemtune.parallel.gradients import clip_gradients
@@ -49,6 +50,7 @@ def follow_step(
     loss_begins_after: nn.Module,
     max_grad_norm: float | None,
     autocast_dtype: torch.dtype | None = None,
+    after_backward: Callable[[], None] = lambda: None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> StepPlan:
     """A step as `gemtune.loop.step` makes it, past the first: the optimizer has its state.
@@ -56,7 +58,9 @@ def follow_step(
     Args:
         follower: a `Shadow` for a model without values; with a plain one the step is real.
         batches: inputs, labels among them, and options of the forward, of each micro-batch.
+        autocast_dtype: as accelerate does it, which widens what the model returns.
         loss_begins_after: the module whose return ends the forward phase.
+        after_backward: called when all gradients are there.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     with follower:
@@ -68,16 +72,20 @@ def follow_step(
             _gradients_known(follower, trained),
             _loss_begins(follower, loss_begins_after),
         ):
-            _run(follower, model, optimizer, batches, max_grad_norm, autocast_dtype, progress)
+            _accumulate(follower, model, batches, autocast_dtype, progress)
+            after_backward()
+            with follower.phase("optimizer"):
+                progress("optimizer")
+                clip_gradients(model.parameters(), max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
     return StepPlan(follower.peaks(), parameters_bytes)
 
 
-def _run(
+def _accumulate(
     follower: StorageFollower,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     batches: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
-    max_grad_norm: float | None,
     autocast_dtype: torch.dtype | None,
     progress: Callable[[str], None],
 ) -> None:
@@ -88,16 +96,13 @@ def _run(
             follower.add(inputs.values(), INPUTS)
             with autocast or contextlib.nullcontext():
                 output = model(**inputs, **options)
+            if autocast:
+                output = convert_to_fp32(output)
             loss = output.loss.double()
             follower.enter("backward")
             progress("backward")
             loss.backward()
             del output, loss
-    with follower.phase("optimizer"):
-        progress("optimizer")
-        clip_gradients(model.parameters(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def _make_state(

@@ -65,6 +65,18 @@ def test_the_rows_of_the_data_and_changes_where_it_fits(tmp_path: Path) -> None:
     assert "fits into 4 GiB" in done.stdout and not list(tmp_path.glob(".*"))
 
 
+def test_the_plan_of_a_shard(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = plan_memory(*SMALL, "parallel=fsdp2", "plan.world_size=2", f"plan.output={path}")
+    assert done.returncode == 0, done.stderr
+    assert "first of 2 processes; fsdp2: 2 shards of the model (as asked for)" in done.stdout
+    plan = json.loads(path.read_text())
+    assert (plan["world_size"], plan["strategy"]) == (2, "fsdp2")
+    held = plan["phases"]["forward"]
+    assert sum(held["by_kind"].values()) == held["peak_bytes"]
+    assert min(held["by_kind"][kind] for kind in ("gathered weights", "staging buffers")) > 0
+
+
 def test_where_nothing_fits_it_says_what_was_tried() -> None:
     fixed = ("adapter=lora", "parallel.mixed_precision=bf16", "model.freeze=[]")
     done = plan_memory(*SMALL, *fixed, "plan.device_memory_gib=1.001")
@@ -94,7 +106,7 @@ def test_what_fits_can_be_typed() -> None:
         ("plan.world_size=two", "plan.world_size wants a whole number"),
         ("plan.device=tpu", "plan.device"),
         ("loop.micro_batch_sise=2", "Did you mean 'micro_batch_size'?"),
-        ("parallel=fsdp2", "not planned yet"),
+        ("plan.world_size=7", "cannot be shared evenly by 7 processes"),
     ],
 )
 def test_a_mistake_is_one_message(argument: str, answer: str) -> None:

@@ -1,0 +1,97 @@
+"""Real steps of sharded models on several ranks, followed on each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from whole_runs import SMALL, compose
+
+import recipes.gemma4_sft as recipe
+from gemtune import adapters, patches
+from gemtune.attention import separate_documents
+from gemtune.losses.budgets import accelerator_budgets
+from gemtune.models import base_model, load_processing, trained_modalities
+from gemtune.parallel import Strategy
+from gemtune.parallel.construction import build_base
+from gemtune.patches.host_memory import host_parameters
+from gemtune.planning import PlanConfig
+from gemtune.planning.memory_plan import largest_inputs
+from gemtune.planning.step import StepPlan, follow_step
+from gemtune.planning.storages import StorageFollower
+from gemtune.runtime import start
+
+_reduce_scatter = torch.ops.c10d._reduce_scatter_base_.default
+_split = torch.ops.aten.split.Tensor
+
+
+@dataclass
+class WithoutGloo(StorageFollower):
+    """Leaves out what gloo takes within a reduce-scatter: a copy of all that goes in, exactly, from
+    which it cuts the part of the rank when it is waited for. NCCL reduces into the output."""
+
+    _goes_in_bytes: int = field(init=False, default=0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _reduce_scatter:
+            self._goes_in_bytes = args[1].untyped_storage().nbytes()
+        if func is _split and args[0].untyped_storage()._cdata not in self._entries:
+            # No operator has made it.
+            assert args[0].untyped_storage().nbytes() == self._goes_in_bytes
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+Case = tuple[tuple[str, ...], PlanConfig]
+
+
+def steps(rank: int, cases: dict[str, Case], folder: str) -> None:
+    """The worker: of each case, by name, what this rank holds in a step."""
+    found = {name: step(overrides, settings) for name, (overrides, settings) in cases.items()}
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+
+
+def step(overrides: tuple[str, ...], settings: PlanConfig) -> StepPlan:
+    """Built as the recipe builds it, with weights that have values."""
+    # accelerate keeps its state in the classes.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = compose(*SMALL, *overrides)
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        runtime = start(config.run, config.parallel)
+    runtime.strategy = Strategy("fsdp2")
+    processing = load_processing(config.model)
+    base = build_base(config, runtime, processing)
+    patches.apply(base, config.patches)
+    if config.data.packing:
+        separate_documents(base)
+    model = adapters.attach(base, config.adapter)
+    trained = trained_modalities(model)
+    on_host = host_parameters(model)
+    joint = runtime.distribute(model, on_host=on_host, base=base)
+    optimizer = config.optim.build(model)
+    kinds = {"image"} if settings.images_per_row else set()
+    rows = SimpleNamespace(media_kinds=kinds, media_in_every_row=kinds)
+    stages = SimpleNamespace(base=base, train_rows=rows, eval_rows=rows)
+    fed = recipe.stand_in(trained, runtime, stages) if trained else lambda: None
+    follower = WithoutGloo()
+    follower.leave_out([model.get_parameter(name) for name in on_host])
+    zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
+    inputs = largest_inputs(config, settings, processing, zeros)[1]
+    with accelerator_budgets():
+        return follow_step(
+            follower,
+            joint,
+            optimizer,
+            inputs,
+            loss_begins_after=base_model(base),
+            max_grad_norm=config.loop.max_grad_norm,
+            after_backward=fed,
+        )
