@@ -10,8 +10,8 @@ cases is more than 3% above what is committed.
 Each case is planned in one process and made in another: model, patches, adapter and optimizer as a
 run has them, two steps on the largest batch, of which the second counts. Measured is the kernel's
 resident peak (VmHWM, reset before each phase) over what was resident before the model was built,
-with glibc told to give freed memory back at once, and gradients written to as they arrive (the
-kernel has no pages for zeros that nobody wrote). It holds what a plan of tensors does not: the
+with glibc told to give freed memory back at once, and all memory locked (mlockall: a process with
+CAP_IPC_LOCK, or `ulimit -l unlimited`). It holds what a plan of tensors does not: the
 scratch of kernels, and code that is read when it is first used. Writes
 benchmarks/results/memory_plan.json.
 """
@@ -125,14 +125,12 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     config = compose(arguments_of(case, folder))
     settings = PlanConfig(device="cpu", **CASES[case][2])
     processing = load_processing(config.model)
+    lock_memory()
     before = resident_bytes()
     base = load_model(config.model, processing, config.run.seed)
     patches.apply(base, config.patches)
     model = adapters.attach(base, config.adapter)
     optimizer = config.optim.build(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_make_resident)
     _, inputs = largest_inputs(
         config, settings, processing, lambda s, dtype: torch.rand(s, dtype=dtype)
     )
@@ -154,9 +152,17 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     return {"mib": {phase: peaks[phase] * 1024 - before / MIB for phase in PHASES}}
 
 
-def _make_resident(parameter: Any) -> None:
-    """The kernel has no pages for zeros that nobody wrote: most of an embedding's gradient."""
-    parameter.grad.add_(0.0)
+def lock_memory() -> None:
+    """What is allocated is resident at once and stays (mlockall(2)).
+
+    The kernel has no pages for zeros that nobody wrote, and may take back those that hold nothing
+    else: most of an embedding's gradient and of its optimizer state.
+    """
+    everything_now_and_later = 1 | 2
+    if ctypes.CDLL(None, use_errno=True).mlockall(everything_now_and_later):
+        raise SystemExit(
+            f"mlockall: {os.strerror(ctypes.get_errno())}. Allow it: ulimit -l unlimited, or root"
+        )
 
 
 def resident_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -107,6 +107,18 @@ class DeviceBuffers:
         """The computation with the weights of this module is in the queue of the device."""
         if self._side is not None:
             self._used[index % 2] = torch.cuda.current_stream(self.device).record_event()
+
+
+def streamed_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose weights visit the device, in the order in which they run."""
+    streams = (vars(module).get(_STREAM) for module in model.modules())
+    return next((list(stream.modules) for stream in streams if stream is not None), [])
+
+
+def buffer_bytes(modules: Sequence[nn.Module]) -> int:
+    """Of the two buffers of `DeviceBuffers`, which are there from the first module to the last."""
+    sizes = [packed(list(module.parameters()))[1] for module in modules]
+    return sum(max(sizes[slot::2], default=0) for slot in (0, 1))
 
 
 @dataclass(eq=False)

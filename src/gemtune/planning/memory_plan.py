@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from gemtune.parallel import AUTO, DDP, Strategy, decide
 from gemtune.parallel.construction import bytes_of_copy
 from gemtune.parallel.fsdp import shard_model
 from gemtune.patches.host_memory import host_parameters
+from gemtune.patches.vision_streaming import buffer_bytes, streamed_modules
 from gemtune.planning.batch import largest_batch
 from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
+from gemtune.planning.storages import GATHERED
 from gemtune.planning.world import first_of
 
 _BUNDLED = {
@@ -148,7 +150,7 @@ def _follow(
     after_backward = distribute(config, plan.world_size, is_sharded, model, base)
     optimizer = config.optim.build(model)
     batch, inputs = largest_inputs(config, plan, processing, shadow.empty)
-    with accelerator_budgets() if plan.device == "cuda" else nullcontext():
+    with as_on_gpu(shadow, base) if plan.device == "cuda" else nullcontext():
         step = follow_step(
             shadow,
             model,
@@ -177,6 +179,28 @@ def _follow(
         strategy=strategy,
         world_size=plan.world_size,
     )
+
+
+@contextmanager
+def as_on_gpu(shadow: Shadow, base: nn.Module) -> Iterator[None]:
+    """What differs there: the budgets of the loss, and the buffers of a tower that is streamed."""
+    modules = streamed_modules(base)
+    held: list[Tensor] = []
+
+    def begin(*_: Any) -> None:
+        held.append(shadow.empty((buffer_bytes(modules),), torch.uint8))
+        shadow.add(held, GATHERED)
+
+    handles = []
+    if modules:
+        handles.append(modules[0].register_forward_pre_hook(begin))
+        handles.append(modules[-1].register_forward_hook(lambda *_: held.clear()))
+    try:
+        with accelerator_budgets():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def planned_strategy(config: RunConfig, plan: PlanConfig, processing: Processing) -> Strategy:

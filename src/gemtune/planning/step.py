@@ -74,12 +74,16 @@ def follow_step(
         ):
             _accumulate(follower, model, batches, autocast_dtype, progress)
             after_backward()
+            unfed = [p for p in trained if p.grad is None]
             with follower.phase("optimizer"):
                 progress("optimizer")
                 clip_gradients(model.parameters(), max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    return StepPlan(follower.peaks(), parameters_bytes)
+        # What no row of the run feeds, as a tower without media, never gets a state.
+        spared = follower.bytes_of(_state_of(optimizer, unfed))
+    peaks = {p: peak.without(spared, OPTIMIZER_STATE) for p, peak in follower.peaks().items()}
+    return StepPlan(peaks, parameters_bytes)
 
 
 def _accumulate(
@@ -120,8 +124,14 @@ def _make_state(
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    state = (v for values in optimizer.state.values() for v in values.values())
-    follower.add((v for v in state if isinstance(v, Tensor)), OPTIMIZER_STATE)
+    follower.add(_state_of(optimizer, trained), OPTIMIZER_STATE)
+
+
+def _state_of(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> Iterator[Tensor]:
+    for parameter in parameters:
+        yield from (v for v in optimizer.state[parameter].values() if isinstance(v, Tensor))
 
 
 @contextlib.contextmanager

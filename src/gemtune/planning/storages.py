@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -39,6 +39,11 @@ class Peak:
     rest by the phase that made it."""
     by_module: dict[str, int]
     """What was made in forward, loss and backward, by the module at work; "" outside of all."""
+
+    def without(self, num_bytes: int, kind: str) -> Peak:
+        """The same where so many bytes of a kind were not there."""
+        by_kind = self.by_kind | {kind: self.by_kind.get(kind, 0) - num_bytes}
+        return replace(self, total_bytes=self.total_bytes - num_bytes, by_kind=by_kind)
 
 
 @dataclass
@@ -144,6 +149,11 @@ class StorageFollower(TorchDispatchMode):
                 self._move(entry, -1)
                 entry.kind, entry.module = kind, ""
                 self._move(entry, 1)
+
+    def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
+        """What these are counted with, each storage once."""
+        keys = {shard_of(tensor).untyped_storage()._cdata for tensor in tensors}
+        return sum(self._entries[key].num_bytes for key in keys if key in self._entries)
 
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """These lie in other memory and never count. They must outlive the follower."""

@@ -16,8 +16,9 @@ from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import base_model, load_model, load_processing
 from gemtune.patches.host_memory import host_parameters
 from gemtune.planning import MemoryPlan, PlanConfig, plan_memory
-from gemtune.planning.memory_plan import largest_inputs, processing_for_plan
+from gemtune.planning.memory_plan import as_on_gpu, largest_inputs, processing_for_plan
 from gemtune.planning.proposals import fits, propose
+from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
 from gemtune.planning.storages import StorageFollower
 
@@ -76,12 +77,56 @@ def test_the_plan_of_a_step_is_the_step(name: str) -> None:
 
 
 def test_adam_holds_two_values_for_each_parameter() -> None:
-    plan = plan_memory(compose(*SMALL), PlanConfig())
+    plan = plan_memory(compose(*SMALL, WITH_IMAGE), PlanConfig(images_per_row=1))
     assert plan.num_trained == plan.num_parameters == 1_408_304
     held = plan.step.peaks["forward"].by_kind
     least = 4 * plan.num_parameters
     assert least <= held["parameters"] < 1.05 * least
     assert 2 * least <= held["optimizer state"] < 2.2 * least
+
+
+def test_what_no_row_feeds_has_no_state() -> None:
+    config = compose("model.weights=random", *SMALL)
+    base = load_model(config.model, load_processing(config.model), seed=0)
+    optimizer = config.optim.build(base)
+    ids = torch.full((1, 8), 7)
+    base(input_ids=ids, labels=ids, mm_token_type_ids=torch.zeros_like(ids)).loss.backward()
+    optimizer.step()
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    unfed = {n.split(".")[1] for n, p in base.named_parameters() if p not in optimizer.state}
+    assert unfed == {"vision_tower", "embed_vision"}
+    expected = sum(-(-v.numel() * v.element_size() // 512) * 512 for v in state)
+    for peak in plan_memory(config, PlanConfig()).step.peaks.values():
+        assert peak.by_kind["optimizer state"] == expected
+        assert sum(peak.by_kind.values()) == peak.total_bytes
+
+
+def test_a_streamed_tower_has_two_layers_on_the_gpu_while_it_runs() -> None:
+    config = compose("model.freeze=[vision]", "patches=[vision_streaming]", *SMALL, WITH_IMAGE)
+    processing = load_processing(config.model)
+    base = load_model(config.model, processing, seed=0, without_weights=True)
+    patches.apply(base, config.patches)
+    shadow = Shadow()
+    shadow.without_values(base)
+    shadow.leave_out(base.get_parameter(name) for name in host_parameters(base))
+    held: dict[str, int] = {}
+    tower = base.model.vision_tower
+    layers = tower.encoder.layers
+    for name, module in (("layer", layers[1]), ("after", tower)):
+        module.register_forward_hook(
+            lambda *_, name=name: held.__setitem__(name, shadow._kinds["gathered weights"])
+        )
+    settings = PlanConfig(images_per_row=1)
+    ((inputs, _),) = largest_inputs(config, settings, processing, shadow.empty)[1][:1]
+    with as_on_gpu(shadow, base), shadow, torch.no_grad():
+        base(**inputs)
+    first, layer = (
+        sum(-(-p.numel() * p.element_size() // 256) * 256 for p in module.parameters())
+        for module in (tower.patch_embedder, layers[0])
+    )
+    # The embedder and the layers take turns in two buffers.
+    assert 0 <= held["layer"] - (first + layer) < 512 and first > layer
+    assert held["after"] == 0
 
 
 def test_ddp_has_buckets_and_hosted_weights_do_not_count() -> None:

@@ -30,7 +30,9 @@ def blocks(num_bytes: int) -> int:
 @pytest.mark.parametrize("world_size", [3, 64])
 def test_a_rank_holds_the_largest_chunk_of_each_parameter(world_size: int) -> None:
     """By the rule of torch.chunk, whose first chunk is the largest; AdamW has it twice again."""
-    config = compose(*SHARDED, f"loop.global_batch_size={2 * world_size}")
+    # With an image: what no row feeds has no state.
+    images = ("data.max_length=96", f"loop.global_batch_size={2 * world_size}")
+    config = compose(*SHARDED, *images)
     shapes: list[torch.Size] = []
     build = config.optim.build
 
@@ -41,7 +43,7 @@ def test_a_rank_holds_the_largest_chunk_of_each_parameter(world_size: int) -> No
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(type(config.optim), "build", lambda _, model: seen(model))
-        plan = plan_memory(config, PlanConfig(world_size=world_size))
+        plan = plan_memory(config, PlanConfig(world_size=world_size, images_per_row=1))
     shards = sum(
         blocks(4 * math.ceil(shape[0] / world_size) * math.prod(shape[1:])) for shape in shapes
     )
