@@ -12,7 +12,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from whole_runs import SMALL, compose
 
-import recipes.gemma4_sft as recipe
 from gemtune import adapters, patches
 from gemtune.attention import separate_documents
 from gemtune.losses.budgets import accelerator_budgets
@@ -25,6 +24,7 @@ from gemtune.planning.memory_plan import largest_inputs
 from gemtune.planning.step import StepPlan, follow_step
 from gemtune.planning.storages import StorageFollower
 from gemtune.runtime import start
+from recipes.batches import stand_in
 
 _reduce_scatter = torch.ops.c10d._reduce_scatter_base_.default
 _split = torch.ops.aten.split.Tensor
@@ -79,8 +79,7 @@ def step(overrides: tuple[str, ...], settings: PlanConfig) -> StepPlan:
     optimizer = config.optim.build(model)
     kinds = {"image"} if settings.images_per_row else set()
     rows = SimpleNamespace(media_kinds=kinds, media_in_every_row=kinds)
-    stages = SimpleNamespace(base=base, train_rows=rows, eval_rows=rows)
-    fed = recipe.stand_in(trained, runtime, stages) if trained else lambda: None
+    fed = stand_in(trained, runtime, base, rows, rows) if trained else lambda: None
     follower = WithoutGloo()
     follower.leave_out([model.get_parameter(name) for name in on_host])
     zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
