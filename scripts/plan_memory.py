@@ -60,6 +60,8 @@ def show(arguments: Sequence[str]) -> int:
     logging.getLogger("gemtune").setLevel(logging.ERROR)
     own, rest = own_keys("plan", PlanConfig, arguments)
     config = compose(rest)
+    if own.output and not Path(own.output).expanduser().parent.is_dir():
+        raise ConfigError(f"plan.output={own.output}: there is no folder for it.")
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, soft_wrap=False, width=width)
     started = time.monotonic()

@@ -105,6 +105,7 @@ def test_what_fits_can_be_typed() -> None:
         ("plan.world_sise=2", "Did you mean 'world_size'?"),
         ("plan.world_size=two", "plan.world_size wants a whole number"),
         ("plan.device=tpu", "plan.device"),
+        ("plan.output=absent/plan.json", "plan.output=absent/plan.json: there is no folder"),
         ("loop.micro_batch_sise=2", "Did you mean 'micro_batch_size'?"),
         ("plan.world_size=7", "cannot be shared evenly by 7 processes"),
     ],
