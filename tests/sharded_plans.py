@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from torch.utils._pytree import tree_leaves, tree_map_only
 from whole_runs import SMALL, compose
 
 from gemtune import adapters, patches
@@ -26,27 +28,34 @@ from gemtune.planning.storages import StorageFollower
 from gemtune.runtime import start
 from recipes.batches import stand_in
 
-_reduce_scatter = torch.ops.c10d._reduce_scatter_base_.default
-_split = torch.ops.aten.split.Tensor
+_LATE = (torch.ops.aten.split.Tensor, torch.ops.aten.copy_.default)
 
 
 @dataclass
 class WithoutGloo(StorageFollower):
-    """Leaves out what gloo takes within a reduce-scatter: a copy of all that goes in, exactly, from
-    which it cuts the part of the rank when it is waited for. NCCL reduces into the output."""
+    """Leaves out what gloo holds: collectives get copies, and their results are copied back.
 
-    _goes_in_bytes: int = field(init=False, default=0)
+    gloo's threads let go of tensors when they come to it, and within a reduce-scatter gloo copies
+    all that goes in, from which it cuts the part of the rank when it is waited for.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is _reduce_scatter:
-            self._goes_in_bytes = args[1].untyped_storage().nbytes()
-        if func is _split and args[0].untyped_storage()._cdata not in self._entries:
-            # No operator has made it.
-            assert args[0].untyped_storage().nbytes() == self._goes_in_bytes
-            return func(*args, **(kwargs or {}))
+        if func in _LATE and args[0].untyped_storage()._cdata not in self._entries:
+            return func(*args, **(kwargs or {}))  # gloo's own: no operator has made it
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func.namespace != "c10d":
+            return super()._run(func, args, kwargs)
+        copies = tree_map_only(torch.Tensor, torch.clone, args)
+        _, work = func(*copies, **kwargs)
+        dist.Work.unbox(work).wait()
+        for ours, copy in zip(tree_leaves(args), tree_leaves(copies), strict=True):
+            if isinstance(ours, torch.Tensor):
+                ours.copy_(copy)
+        return args[0], work
 
 
 Case = tuple[tuple[str, ...], PlanConfig]
