@@ -12,6 +12,7 @@ from whole_runs import compose
 from gemtune import adapters, patches
 from gemtune.config import RunConfig
 from gemtune.errors import ConfigError
+from gemtune.losses import budgets
 from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import base_model, load_model, load_processing
 from gemtune.patches.host_memory import host_parameters
@@ -83,6 +84,30 @@ def test_adam_holds_two_values_for_each_parameter() -> None:
     least = 4 * plan.num_parameters
     assert least <= held["parameters"] < 1.05 * least
     assert 2 * least <= held["optimizer state"] < 2.2 * least
+
+
+def test_gradients_of_earlier_micro_batches_are_there_in_a_later_forward() -> None:
+    once, twice = (
+        plan_memory(compose(*SMALL, f"loop.global_batch_size={rows}"), PlanConfig()).step
+        for rows in (2, 4)
+    )
+    assert once.peaks["forward"].by_kind.get("gradients", 0) == 0
+    gradients = twice.peaks["optimizer"].by_kind["gradients"]
+    assert twice.peaks["forward"].by_kind["gradients"] == gradients > 0
+
+
+def test_the_loss_has_the_budget_of_the_device_that_is_planned_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budgets, "CPU_CHUNK_BYTES", 16 << 10)
+    monkeypatch.setattr(budgets, "ACCELERATOR_CHUNK_BYTES", 1 << 20)
+    config = compose(*SMALL, "loop.global_batch_size=2")
+    on_cpu, on_gpu = (
+        plan_memory(config, PlanConfig(device=device)).step.peaks["loss"].by_kind["loss"]
+        for device in ("cpu", "cuda")
+    )
+    # 126 labels and 640 words in float32 make 315 KiB, in one piece or in many.
+    assert on_gpu - on_cpu > 250 << 10
 
 
 def test_what_no_row_feeds_has_no_state() -> None:
