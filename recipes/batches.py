@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from gemtune.config import RunConfig
 from gemtune.data import Batch, BatchStream, ChatDataset, StreamedDataset
 from gemtune.evaluation import rounds_of_rank
+from gemtune.losses import HostLabels
 from gemtune.models import StandIns
+from gemtune.patches.ple_offload import prefetch
 from gemtune.runtime import Runtime
 
 
@@ -40,6 +43,20 @@ def evaluation_batches(config: RunConfig, runtime: Runtime, rows: ChatDataset) -
     for numbers, count in rounds_of_rank(runtime, len(rows), size):
         batch = rows.batch([rows[i] for i in numbers])
         yield batch if count else replace(batch, num_supervised_tokens=0)
+
+
+def looking_ahead(
+    config: RunConfig, base: nn.Module, *, loss_alone: bool
+) -> Callable[[Batch], dict[str, Any]]:
+    """What is done with a batch while it is on the CPU, and passed to the model for it."""
+
+    def look_ahead(batch: Batch) -> dict[str, Any]:
+        if "ple_offload" in config.patches:
+            prefetch(base, batch.inputs["input_ids"])
+        # Labels that stay on the CPU are counted there: the GPU is not waited for.
+        return {"host_labels": HostLabels(batch.labels)} if loss_alone else {}
+
+    return look_ahead
 
 
 def stand_in(

@@ -25,18 +25,16 @@ from gemtune.checkpoint import (
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.data import (
-    Batch,
     BatchStream,
     ChatDataset,
     OtherMedia,
     StreamedDataset,
     prepare,
 )
-from gemtune.evaluation import exact_match, generate_answers
+from gemtune.evaluation import Metrics, load_metrics, select_by
 from gemtune.exit_codes import DONE
 from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
-from gemtune.losses import HostLabels
 from gemtune.memory import PeakTracker, resident_gib
 from gemtune.models import (
     Processing,
@@ -48,7 +46,6 @@ from gemtune.models import (
 from gemtune.pages import closing_page, first_loss_lines, start_page
 from gemtune.parallel.construction import build_base, choose_strategy, rebuild_around
 from gemtune.patches.host_memory import host_parameters
-from gemtune.patches.ple_offload import prefetch
 from gemtune.reporting import Reporter
 from gemtune.run_files import MODEL_FOLDER
 from gemtune.run_folder import FolderLock, claim, open_folder, resume_points
@@ -57,7 +54,14 @@ from gemtune.runtime import Runtime, start
 from gemtune.step_recordings import StepRecordings, require_gpu_for_snapshot
 from gemtune.tracking import new_run_id
 from gemtune.watchdog import Limits
-from recipes.batches import batch_stream, evaluation_batches, stand_in
+from recipes.batches import batch_stream, evaluation_batches, looking_ahead, stand_in
+from recipes.judging import (
+    judge_in_between,
+    num_generated_rows,
+    put_back_best,
+    require_rows,
+    score_answers,
+)
 
 
 @dataclass
@@ -79,6 +83,8 @@ class Stages:
     num_steps: int
     resident_gib: float
     """Of this process before the model was built."""
+    metrics: Metrics
+    """Of generated answers."""
 
 
 def run(config: RunConfig) -> int:
@@ -136,12 +142,7 @@ def train_from(
     )
     reporter.rejected(stages.train_rows, stages.eval_rows, is_new=point is None)
     if is_finished(runtime, session):
-        screen.say(f"this run is finished: all {session.num_steps} steps are done")
-        screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
-        reporter.finish()
-        runtime.status.end(DONE, "it was finished before")
-        reporter.page()
-        return DONE
+        return say_finished(config, session, reporter, screen)
     reporter.patches(stages.report)
     reporter.preview(stages.train_rows)
     if point is not None:
@@ -161,10 +162,12 @@ def train_from(
             config.checkpoint.every_steps,
         )
         writer.settle()
-    code, reason = DONE, ""
+    code, reason = DONE, session.state.stopped_early
     if finished:
         runtime.stop.not_training()
-        conclude(config, stages, session, reporter, screen)
+        if reason:
+            screen.say(f"stopped early after step {session.state.step}: {reason}")
+        conclude(config, stages, session, reporter, screen, ranks)
     else:
         code, reason = runtime.stop.exit_code, runtime.stop.reason
         again = " without run.resume=never" if config.run.resume == "never" else ""
@@ -180,6 +183,18 @@ def train_from(
     return code
 
 
+def say_finished(config: RunConfig, session: Session, reporter: Reporter, screen: Screen) -> int:
+    """All that a start of a finished run does."""
+    early = session.state.stopped_early
+    done = f"it was stopped early: {early}" if early else f"all {session.num_steps} steps are done"
+    screen.say(f"this run is finished: {done}")
+    screen.panel(*closing_page(config, session, reporter.newest, reporter.notice))
+    reporter.finish()
+    session.runtime.status.end(DONE, early or "it was finished before")
+    reporter.page()
+    return DONE
+
+
 def checkpoint_folder(config: RunConfig) -> CheckpointFolder:
     return CheckpointFolder(config.run.folder / "checkpoints")
 
@@ -187,11 +202,14 @@ def checkpoint_folder(config: RunConfig) -> CheckpointFolder:
 def is_finished(runtime: Runtime, session: Session) -> bool:
     """Whether an earlier start did everything; decided by the main process for all."""
     exported = (runtime.run_dir / MODEL_FOLDER).exists()
-    return runtime.collect([session.state.step == session.num_steps and exported])[0]
+    done = session.state.step == session.num_steps or bool(session.state.stopped_early)
+    return runtime.collect([done and exported])[0]
 
 
 def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
-    """Data -> model -> patches -> adapter: a bad row is found before weights load."""
+    """Data -> model -> patches -> adapter: a bad row is found before weights load, and a metric
+    that cannot run before any row is read."""
+    metrics = load_metrics(config.eval)
     processing = load_processing(config.model)
     with screen.preparing():
         train_rows, eval_rows = prepare(
@@ -202,6 +220,7 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
             screen.checking,
             OtherMedia(**processing.other_media),
         )
+    require_rows(config, eval_rows)
     screen.lines(dict.fromkeys([*train_rows.notes, *eval_rows.notes]))
     batches = batch_stream(config, runtime, train_rows)
     num_steps = config.loop.num_steps(batches.num_rows)
@@ -225,6 +244,7 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
         identity,
         num_steps,
         before_gib,
+        metrics,
     )
 
 
@@ -276,15 +296,9 @@ def open_session(
         recorded=StepRecordings(config, runtime, screen.say),
         save=lambda: reporter.figures(writer.save()),
         save_failed=lambda: writer.has_failed,
+        look_ahead=looking_ahead(config, stages.base, loss_alone=loss_alone),
     )
-
-    def look_ahead(batch: Batch) -> dict[str, Any]:
-        if "ple_offload" in config.patches:
-            prefetch(stages.base, batch.inputs["input_ids"])
-        # Labels that stay on the CPU are counted there: the GPU is not waited for.
-        return {"host_labels": HostLabels(batch.labels)} if loss_alone else {}
-
-    session.look_ahead = look_ahead
+    judge_in_between(config, stages, session, reporter)
     if trained and runtime.world_size > 1:
         rows = (stages.train_rows, stages.eval_rows)
         session.after_backward = stand_in(trained, runtime, stages.base, *rows)
@@ -305,6 +319,7 @@ def restore_from(
     if point is not None:
         run_dir, base = runtime.run_dir, stages.identity
         state = restore(ranks, point, model, optimizer, run_dir=run_dir, base=base)
+    select_by(config.eval, state)
     folder, settings = checkpoint_folder(config), config.checkpoint
     made_with = facts(config, stages)
     return state, CheckpointWriter(ranks, folder, settings, model, optimizer, state, made_with)
@@ -324,25 +339,20 @@ def facts(config: RunConfig, stages: Stages) -> dict[str, Any]:
 
 
 def conclude(
-    config: RunConfig, stages: Stages, session: Session, reporter: Reporter, screen: Screen
+    config: RunConfig,
+    stages: Stages,
+    session: Session,
+    reporter: Reporter,
+    screen: Screen,
+    ranks: Ranks,
 ) -> None:
     """Evaluate by loss and by generating, write the model, say where everything is."""
     runtime = session.runtime
-    limit = config.data.eval_generate_rows
-    num_rows = len(stages.eval_rows) if limit is None else min(limit, len(stages.eval_rows))
-    screen.say(f"judging by {num_rows} generated answers")
+    screen.say(f"judging by {num_generated_rows(config, stages)} generated answers")
     metrics = evaluate(session)
-    answers = generate_answers(
-        runtime,
-        runtime.unwrap(session.model),
-        stages.eval_rows,
-        num_rows=num_rows,
-        batch_size=config.loop.eval_micro_batch_size,
-        max_new_tokens=config.data.eval_max_new_tokens,
-    )
-    metrics |= exact_match(answers)
+    metrics |= score_answers(config, stages, session, reporter, on_screen=True)
     reporter.figures(metrics)
-    reporter.answers(answers)
+    put_back_best(config, ranks, checkpoint_folder(config), session, metrics, screen)
     if runtime.is_sharded:
         model = rebuild_around(session.model, config, stages.processing)
     else:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 
 from gemtune.checkpoint import CheckpointFolder
 from gemtune.checkpoint.disk import as_size
-from gemtune.checkpoint.folder import evaluation_loss
+from gemtune.checkpoint.folder import evaluation_of
 from gemtune.checkpoint.manifest import is_complete, read_manifest, verify
 from gemtune.checkpoint.state import read_document
 from gemtune.checkpoint.tensors import read_index
@@ -51,7 +51,8 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
         report |= {
             key: value for key, value in read_document(checkpoint).items() if key != "config"
         }
-        report["eval_loss"] = evaluation_loss(checkpoint)
+        report["evaluation"] = evaluation_of(checkpoint)
+        report["eval_loss"] = report["evaluation"].get("eval/loss")
         report["tensors"] = count_tensors(checkpoint)
     except (ValueError, CheckpointError) as error:
         report["unreadable"] = str(error)
@@ -89,6 +90,12 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         ("processes", f"{report['world_size']} wrote it; any number can go on from it"),
         ("eval/loss", "unknown" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}"),
         *(
+            (name, f"{value:.4f}")
+            for name, value in report["evaluation"].items()
+            if name != "eval/loss"
+        ),
+        *_best_rows(state),
+        *(
             (kind, f"{t['tensors']:,} tensors, {t['values']:,} values, {', '.join(t['dtypes'])}")
             for kind, t in report["tensors"].items()
         ),
@@ -97,6 +104,17 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         ("git", f"{git['commit'][:12]}{', with changes' * git['changed']}" if git else "unknown"),
     ]
     return [*lines, *(f"  {name:<13} {text}" for name, text in rows)]
+
+
+def _best_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run held for its best when it wrote this, and whether it had ended early."""
+    rows = []
+    if state.get("best_step") is not None:
+        best = f"step {state['best_step']:,}, {state['best_metric']} {state['best_value']:.4f}"
+        rows.append(("best", f"{best} (the {state['best_mode']}imum until then)"))
+    if state.get("stopped_early"):
+        rows.append(("stopped early", state["stopped_early"]))
+    return rows
 
 
 def main() -> int:

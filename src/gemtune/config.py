@@ -21,6 +21,7 @@ from gemtune.adapters import Adapter
 from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.data import DataConfig
 from gemtune.errors import ConfigError
+from gemtune.evaluation import EvalConfig
 from gemtune.loop_config import LoopConfig
 from gemtune.memory import MemoryConfig
 from gemtune.models import ModelConfig
@@ -65,6 +66,7 @@ class RunConfig:
     optim: AdamW
     schedule: Schedule
     loop: LoopConfig
+    eval: EvalConfig
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
     memory: MemoryConfig
@@ -175,6 +177,13 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"schedule.warmup_steps={warmup} leaves no step of loop.max_steps={steps} after it."
         )
+    config.eval.check_cadence(
+        config.loop.eval_every_steps,
+        config.data.eval_generate_rows,
+        counts_tokens=not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(
+            config.patches
+        ),
+    )
 
 
 def find_recipe(config: RunConfig) -> Callable[[RunConfig], int]:

@@ -124,7 +124,12 @@ class Screen:
         elif due:
             self.say(f"step {step:>6}/{self.num_steps}  {figures}  {self._time_left(step)} left")
         if "eval/loss" in record:
-            self.say(f"step {step:>6}/{self.num_steps}  eval/loss {record['eval/loss']:.4f}")
+            figures = [
+                f"{name} {value:.4f}"
+                for name, value in record.items()
+                if name.startswith("eval/") and not name.startswith("eval/exact_match_")
+            ]
+            self.say(f"step {step:>6}/{self.num_steps}  {'  '.join(figures)}")
 
     def answers(self, answers: list[Answer], num_shown: int = 8) -> None:
         """A handful of generated answers: one of each kind, then wrong ones."""

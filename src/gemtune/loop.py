@@ -14,6 +14,7 @@ from torch import nn
 
 from gemtune.checkpoint.state import TrainState
 from gemtune.errors import TrainingError
+from gemtune.evaluation.mode import evaluation_mode
 from gemtune.loop_config import LoopConfig
 from gemtune.memory import (
     PHASES,
@@ -75,6 +76,10 @@ class Session:
     """Around the step with that number: a trace, a snapshot of the allocator."""
     after_backward: Callable[[], None] = lambda: None
     """Called when the gradients of a step are complete, before they are looked at."""
+    score_answers: Callable[[], dict[str, float]] = dict
+    """Figures of generated answers, where they are due after the step that is done."""
+    judge: Callable[[dict[str, float]], bool] = lambda metrics: False
+    """Takes the figures of an evaluation; whether to save this state. May set `stopped_early`."""
 
     def enter(self, phase: str) -> None:
         """A phase of the step begins: memory and the watchdog follow."""
@@ -90,7 +95,8 @@ def train(
 ) -> bool:
     """Train from `session.state.step` to `session.num_steps`; True if it got there.
 
-    False: somebody asked to stop; the state was saved.
+    It also did where `state.stopped_early` says why no further step was made. False: somebody asked
+    to stop. The state was saved.
 
     Raises:
         TrainingError: more than `max_nonfinite_steps` steps were not finite.
@@ -99,7 +105,8 @@ def train(
     state, watchdog = session.state, session.runtime.watchdog
     session.model.train()
     started = time.perf_counter()
-    for micro_batches in batches(state.step, session.num_steps):
+    last = state.step if state.stopped_early else session.num_steps
+    for micro_batches in batches(state.step, last):
         fetched = time.perf_counter()
         limit = spike_limit(state.recent_losses, config.spike_sigma)
         with (
@@ -127,20 +134,18 @@ def train(
         else:
             _count_left_out(session, result, record, config)
         done = state.step == session.num_steps
-        stopping = result.stop_requested
+        stopping, is_best = result.stop_requested, False
         if config.eval_every_steps and not state.step % config.eval_every_steps and not done:
-            with watchdog.unlimited("evaluation"):
-                record |= evaluate(session)
-            state.eval_step, state.eval_loss = state.step, record.get("eval/loss")
-            session.model.train()
+            is_best = _evaluate_in_between(session, record)
             started = time.perf_counter()  # evaluation is no training time
         session.log(record)
         due = save_every_steps is not None and not state.step % save_every_steps
-        if due or done or stopping or result.save_failed:
+        early = bool(state.stopped_early)
+        if due or done or stopping or early or is_best or result.save_failed:
             with watchdog.unlimited("saving"):
                 session.save()
             started = time.perf_counter()
-        if stopping:
+        if stopping or early:
             break
         watchdog.progress("data", state.step + 1)
     watchdog.limit(False)
@@ -259,11 +264,24 @@ def _token_sums(output: Any) -> list[torch.Tensor]:
     return [missing if value is None else value.double() for value in found]
 
 
+def _evaluate_in_between(session: Session, record: dict[str, Any]) -> bool:
+    """Evaluate after a step, into its record; whether to save this state.
+
+    The training goes on as if nothing had been: to the bit on a CPU.
+    """
+    with session.runtime.watchdog.unlimited("evaluation"), evaluation_mode(session.model):
+        metrics = evaluate(session) | session.score_answers()
+    record |= metrics
+    return session.judge(metrics)
+
+
 @torch.no_grad()
 def evaluate(session: Session) -> dict[str, float]:
-    """`eval/loss` and `eval/token_accuracy` over the supervised tokens of all ranks' batches.
+    """`eval/loss`, `eval/perplexity` (its exponential) and `eval/token_accuracy`, over the
+    supervised tokens of all ranks' batches.
 
-    Empty without any; the latter only where the model's loss comes with it.
+    Empty without any; the last only where the model's loss comes with it. The model is left in
+    evaluation mode. Where its loss needs no logits, none are made.
     """
     # Not DDP's own forward: ranks may have different numbers of batches there.
     model = session.runtime.unwrap(session.model)
@@ -283,7 +301,15 @@ def evaluate(session: Session) -> dict[str, float]:
     if not total:
         return {}
     accuracy = {} if math.isnan(correct) else {"eval/token_accuracy": correct / total}
-    return {"eval/loss": loss_sum / total, **accuracy}
+    loss = loss_sum / total
+    return {"eval/loss": loss, "eval/perplexity": _exp(loss), **accuracy}
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _suspects(

@@ -89,6 +89,13 @@ def closing_page(
     if "eval/loss" in metrics:
         before = "" if state.first_eval_loss is None else f"{state.first_eval_loss:.4f} -> "
         rows.append(("eval/loss", f"{before}{metrics['eval/loss']:.4f}", ""))
+    rows += [
+        (name, f"{value:.4f}", "")
+        for name, value in metrics.items()
+        if name.startswith("eval/")
+        and not name.startswith(("eval/loss", "eval/token_accuracy", "eval/exact_match"))
+        and isinstance(value, int | float)  # JSON has no word for what is not finite
+    ]
     if "eval/exact_match" in metrics:
         rows.append(("eval/exact_match", f"{metrics['eval/exact_match']:.1%}", ""))
         rows += [
@@ -96,6 +103,11 @@ def closing_page(
             for name, value in metrics.items()
             if name.startswith("eval/exact_match_")
         ]
+    if state.best_step is not None:
+        best = f"{state.best_metric} {state.best_value:.4f} after step {state.best_step:,}"
+        rows.append(("best", f"{best}, of the evaluations between steps", ""))
+    if state.stopped_early:
+        rows.append(("stopped early", state.stopped_early, ""))
     if state.nonfinite_steps:
         rows.append(("left out", f"{state.nonfinite_steps} steps that were not finite", ""))
     here = relative(session.runtime.run_dir)

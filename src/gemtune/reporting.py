@@ -37,6 +37,7 @@ class Reporter:
         self._state = state
         self._screen = screen
         self._num_preview_rows = config.tracker.preview_rows
+        self._num_samples = config.eval.samples
         self._every_steps = config.loop.log_every_steps
         self._file: MetricsFile | None = None
         self._dashboard: Dashboard | None = None
@@ -173,8 +174,9 @@ class Reporter:
         ]
         self._dashboard.log_table("data/preview", columns, table)
 
-    def answers(self, answers: list[Answer]) -> None:
-        """All generated answers to a file, a handful to the screen."""
+    def answers(self, answers: list[Answer], *, on_screen: bool) -> None:
+        """All generated answers to a file, `eval.samples` of them to the dashboard, and a handful
+        to the screen."""
         if self._file is None or not answers:
             return
         lines = [json.dumps(asdict(a) | {"correct": a.correct}) + "\n" for a in answers]
@@ -182,7 +184,15 @@ class Reporter:
         staging = path.with_suffix(".staging")
         staging.write_text("".join(lines), encoding="utf-8")
         staging.replace(path)
-        self._screen.answers(answers)
+        if on_screen:
+            self._screen.answers(answers)
+        if self._dashboard is not None and self._num_samples:
+            columns = ["step", "row", "question", "expected", "generated", "correct"]
+            table = [
+                [self._state.step, a.where, a.question, a.expected, a.generated, a.correct]
+                for a in answers[: self._num_samples]
+            ]
+            self._dashboard.log_table("eval/samples", columns, table, self._state.step)
 
     def page(self, *, hurry: bool = False) -> None:
         """`report.html`, once the run has said how it ended. It may fail, the run does not.

@@ -110,11 +110,14 @@ def assert_one_run_in_wandb(resumed: RunFolder, whole: RunFolder) -> None:
         assert points["data/tokens", n] == recorded["train/tokens", n]
     assert {name.split("/")[0] for name, _ in points} == set(GROUPS)
     panels = [panel for section in layout() for panel in section.panels]
-    unseen = {name for name, _ in points if not any(p.shows(name) for p in panels)}
+    logged = {name for name, _ in [*points, *alone.tables]}
+    unseen = {name for name in logged if not any(p.shows(name) for p in panels)}
     assert not unseen, "logged, and in no panel of the layout"
 
     assert [name for name, _ in first.tables] == ["patches", "data/preview"]
-    assert second.tables == []
+    ((name, samples),) = second.tables  # of the end
+    assert name == "eval/samples" and [row[0] for row in samples["data"]] == [4] * 4
+    assert [name for name, _ in alone.tables] == ["patches", "data/preview", "eval/samples"]
     (_, patches), (_, preview) = first.tables
     state = json.loads((resumed.checkpoints()[-1] / "state.json").read_text())
     assert patches["data"] == [[p["name"], p["status"], p["reason"]] for p in state["patches"]]

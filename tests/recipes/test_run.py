@@ -31,7 +31,7 @@ def test_every_step_is_one_object_in_metrics(finished_run: RunFolder) -> None:
 
 def test_evaluation_is_recorded_before_and_after(finished_run: RunFolder) -> None:
     first, *between, last = finished_run.metrics()
-    assert set(first) == {"step", "eval/loss", "eval/token_accuracy"}
+    assert set(first) == {"step", "eval/loss", "eval/perplexity", "eval/token_accuracy"}
     assert not any("eval/loss" in m for m in between)
     for metrics in (*between, last):
         assert 0 <= metrics["train/token_accuracy"] <= 1

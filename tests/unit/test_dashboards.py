@@ -15,6 +15,7 @@ import wandb
 from wandb_files import written_starts
 
 from gemtune.errors import ConfigError
+from gemtune.evaluation import Answer
 from gemtune.memory import PHASES, Readings, memory_record
 from gemtune.patches.base import PatchReport, PatchRow
 from gemtune.reporting import Reporter
@@ -64,6 +65,11 @@ PLAN_TABLE = (
     [["forward", 2.0, 1.0, 1.0, 0.0], ["backward", 3.0, 1.0, 0.0, 2.0]],
 )
 PATCHES = PatchReport([PatchRow("rms_norm", "applied", "12 norms", ())])
+ANSWERS = [Answer(f"row {n}", None, "1+1?", "2", str(n)) for n in (2, 3)]
+SAMPLES_TABLE = (
+    ["step", "row", "question", "expected", "generated", "correct"],
+    [[3, "row 2", "1+1?", "2", "2", True]],
+)
 PATCH_TABLE = (["patch", "status", "reason"], [["rms_norm", "applied", "12 norms"]])
 
 
@@ -84,6 +90,7 @@ def start(config: TrackerConfig, run_dir: Path, step: int) -> Reporter:
     run = SimpleNamespace(
         tracker=config,
         loop=SimpleNamespace(log_every_steps=1),
+        eval=SimpleNamespace(samples=1),
         run=SimpleNamespace(name="my-run"),
         as_dict=lambda: {"optim": {"lr": 0.125}},
     )
@@ -105,6 +112,7 @@ def train(config: TrackerConfig, run_dir: Path) -> Reporter:
     reporter._state.step = 3
     reporter.training(record(3))
     reporter.log_plan(PLAN)
+    reporter.answers(ANSWERS, on_screen=False)
     reporter.figures({"checkpoint/stall_seconds": 0.5})
     reporter.finish()
     return reporter
@@ -143,7 +151,12 @@ def test_wandb_has_one_run_of_two_starts(
     assert {name.split("/")[0] for name, _ in expected} == set(GROUPS)
 
     tables = [(name, (t["columns"], t["data"])) for s in (first, second) for name, t in s.tables]
-    assert tables == [("patches", PATCH_TABLE), ("plan", PLAN_TABLE)]
+    assert tables == [
+        ("patches", PATCH_TABLE),
+        ("plan", PLAN_TABLE),
+        ("eval/samples", SAMPLES_TABLE),
+    ]
+    assert [row["step"] for row in second.rows if "eval/samples" in row] == [3]
     assert first.summary["eval/loss"] == {"min": 0.5, "last": 0.5}
     assert first.summary["memory/peak_gib"] == {"max": 7.0, "last": 7.0}
     # Of both starts.
@@ -201,7 +214,8 @@ def test_trackio_has_one_run_of_two_starts(tmp_path: Path, monkeypatch: pytest.M
     expected = [(name, n, value) for n in (1, 2, 3) for name, value in shown(n).items()]
     expected.append(("system/checkpoint_stall_seconds", 3, 0.5))
     assert sorted(numbers) == sorted(expected)
-    for name, (columns, rows) in {"patches": PATCH_TABLE, "plan": PLAN_TABLE}.items():
+    expected_tables = {"patches": PATCH_TABLE, "plan": PLAN_TABLE, "eval/samples": SAMPLES_TABLE}
+    for name, (columns, rows) in expected_tables.items():
         (table,) = [row[name]["_value"] for row in logged if name in row]
         assert table == [dict(zip(columns, row, strict=True)) for row in rows]
 
@@ -268,7 +282,7 @@ def test_the_layout_as_wandb_gets_it() -> None:
     (ranks,) = [p["config"] for p in panels["memory"] if p["config"].get("useMetricRegex")]
     assert (ranks["metricRegex"], ranks["metrics"]) == (RANK_PEAKS.pattern, [])
     kinds = {name: [p["viewType"] for p in each] for name, each in panels.items()}
-    assert [kinds[name].count("Weave") for name in GROUPS] == [0, 0, 1, 1, 1]
+    assert [kinds[name].count("Weave") for name in GROUPS] == [0, 1, 1, 1, 1]
 
 
 def test_saving_the_layout_needs_a_key(no_keys: None) -> None:

@@ -5,7 +5,7 @@ from gemtune.checkpoint.export import export_model
 from gemtune.checkpoint.folder import CheckpointFolder, resume_candidates
 from gemtune.checkpoint.identity import base_identity, software
 from gemtune.checkpoint.ranks import Ranks
-from gemtune.checkpoint.reader import first_undamaged, restore
+from gemtune.checkpoint.reader import first_undamaged, restore, restore_parameters
 from gemtune.checkpoint.state import TrainState
 from gemtune.checkpoint.writer import CheckpointWriter
 
@@ -19,6 +19,7 @@ __all__ = [
     "export_model",
     "first_undamaged",
     "restore",
+    "restore_parameters",
     "resume_candidates",
     "software",
 ]

@@ -13,7 +13,10 @@ class CheckpointConfig:
 
     every_steps: int | None = option(500, "steps between checkpoints; null: at the end only")
     keep_last: int = option(
-        2, "how many are kept, and the one with the lowest evaluation loss besides; older ones go"
+        2, "how many are kept, and the best one (eval.best_metric) besides; older ones go"
+    )
+    save_best: bool = option(
+        False, "also write one after each evaluation that is the best so far, whatever the cadence"
     )
     async_save: bool = option(
         False, "train on while a copy in host memory is written (as large as what is trained)"

@@ -8,6 +8,7 @@ crash at any instant therefore leaves every committed checkpoint as it was.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -93,17 +94,28 @@ class CheckpointFolder:
         sync_entry(self.path)
         return target
 
-    def prune(self, keep_last: int) -> None:
-        """Delete the oldest until `keep_last` are left, and the best one, if that is older.
+    def best(self, metric: str = "eval/loss", mode: str = "min") -> Path | None:
+        """The committed one with the lowest (`mode` min) or highest (max) value of the metric.
 
-        Called after a commit only. The best is the one with the lowest evaluation loss, of those
-        that were saved at the step of an evaluation.
+        Of those alone that were saved at the step of an evaluation which measured it; of equal
+        ones the oldest. None without any.
         """
-        committed = self.committed()
-        best = min(
-            ((loss, path) for path in committed if (loss := evaluation_loss(path)) is not None),
+        sign = -1 if mode == "max" else 1
+        return min(
+            (
+                (sign * value, path)
+                for path in self.committed()
+                if (value := evaluation_of(path).get(metric)) is not None and math.isfinite(value)
+            ),
             default=(None, None),
         )[1]
+
+    def prune(self, keep_last: int, metric: str = "eval/loss", mode: str = "min") -> None:
+        """Delete the oldest until `keep_last` are left, and the best one, if that is older.
+
+        Called after a commit only.
+        """
+        committed, best = self.committed(), self.best(metric, mode)
         for old in committed[:-keep_last]:
             if old == best:
                 continue
@@ -124,14 +136,20 @@ def is_checkpoint(path: Path) -> bool:
     return is_complete(path) and (path / STATE_FILE).is_file()
 
 
-def evaluation_loss(checkpoint: Path) -> float | None:
-    """Of the very parameters it holds; None where they were not evaluated, or it is damaged."""
+def evaluation_of(checkpoint: Path) -> dict[str, float]:
+    """Metric -> value, of the very parameters it holds.
+
+    Empty where they were not evaluated, or it is damaged.
+    """
     try:
         state = json.loads(verified_content(checkpoint, STATE_FILE))["state"]
-        loss = state["eval_loss"] if state["eval_step"] == state["step"] else None
-        return None if loss is None else float(loss)
-    except (ValueError, KeyError, TypeError):
-        return None
+        if state["eval_step"] is None or state["eval_step"] != state["step"]:
+            return {}
+        loss = {} if state["eval_loss"] is None else {"eval/loss": state["eval_loss"]}
+        found = loss | state.get("eval_metrics", {})
+        return {name: float(value) for name, value in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def resume_candidates(resume: str, folder: CheckpointFolder) -> list[Path]:

@@ -114,7 +114,23 @@ def restore(
     state = TrainState(**document["state"])
     if run_dir.resolve() not in checkpoint.resolve().parents:
         state.run_id = new_run_id()
+        state.forget_best()  # of another run, perhaps on other rows
     return state
+
+
+def restore_parameters(ranks: Ranks, checkpoint: Path, model: nn.Module) -> list[str]:
+    """Put the trained parameters alone back as they were; returns what is damaged instead.
+
+    For a checkpoint of this very run. Nothing is changed where something is damaged.
+
+    Raises:
+        CheckpointError: on all ranks, where it cannot be read.
+    """
+    if problems := verify_together(ranks, checkpoint):
+        return problems
+    wanted = {f"{MODEL}|{name}": p.detach() for name, p in _trainable(model).items()}
+    ranks.all_or_none(lambda: load_tensors(checkpoint, wanted, ranks.group))
+    return []
 
 
 def _destinations(

@@ -32,6 +32,24 @@ class TrainState:
     eval_step: int | None = None
     """Of the newest evaluation."""
     eval_loss: float | None = None
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    """All figures of the newest evaluation."""
+    best_metric: str = "eval/loss"
+    """What the best state of the model is decided by, and `best_mode` is better of it."""
+    best_mode: str = "min"
+    best_step: int | None = None
+    best_value: float | None = None
+    awaited_from: float | None = None
+    """The value that early stopping waits for a better one than."""
+    stale_evaluations: int = 0
+    """In a row, without one."""
+    stopped_early: str = ""
+    """Why the run ended before its last step; empty: it did not."""
+
+    def forget_best(self) -> None:
+        """As if nothing had been evaluated yet, as far as the best is concerned."""
+        self.best_step = self.best_value = self.awaited_from = None
+        self.stale_evaluations, self.stopped_early = 0, ""
 
 
 def state_document(

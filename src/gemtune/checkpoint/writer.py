@@ -140,7 +140,14 @@ class CheckpointWriter:
             if ranks.is_main:
                 folder.abandon(step)
             raise self._explained(error, snapshot) from error
-        ranks.all_or_none(lambda: folder.prune(self._settings.keep_last) if ranks.is_main else None)
+        keep_last, state = self._settings.keep_last, snapshot.state
+        ranks.all_or_none(
+            lambda: (
+                folder.prune(keep_last, state.best_metric, state.best_mode)
+                if ranks.is_main
+                else None
+            )
+        )
 
     def _begin(self, snapshot: Snapshot) -> None:
         if self._ranks.is_main:

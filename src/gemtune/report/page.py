@@ -72,7 +72,7 @@ def notices(record: RunRecord) -> Iterator[str]:
     elif status != "finished":
         yield f"This run is {status}: it ended {at}{f': {reason}' if reason else ''}."
     elif record.num_steps and last is not None and last < record.num_steps:
-        yield f"The records end {at}."
+        yield f"This run ended {at}: {reason}." if reason else f"The records end {at}."
     if not metrics.num_train_steps:
         yield "No training step is on record, so there is nothing to draw of the training."
     if metrics.num_broken_lines:
@@ -191,7 +191,9 @@ def _panel(record: RunRecord, panel: Panel) -> Html | None:
         for number, (key, name) in enumerate(panel.lines.items())
         if found.get(key)
     ]
-    if not lines:
+    # One evaluation is a figure, not a curve.
+    alone = all(key.startswith("eval/") for key in panel.lines)
+    if not lines or (alone and all(line.curve.first == line.curve.last for line in lines)):
         return None
     every = [step for c in found.values() if c for step, _ in (c.first, c.last)]  # type: ignore[misc]
     is_comparable = panel is MEMORY and not record.measures_process

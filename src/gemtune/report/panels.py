@@ -43,6 +43,18 @@ PANELS = (
         {"train/token_accuracy": "train", "eval/token_accuracy": "eval"},
         is_percent=True,
     ),
+    Panel(
+        "Exact match",
+        "share of generated answers",
+        {"eval/exact_match": "eval"},
+        is_percent=True,
+    ),
+    Panel("chrF", "of generated answers, 0 to 100", {"eval/chrf": "eval"}),
+    Panel(
+        "ROUGE",
+        "F-measure of generated answers",
+        {"eval/rouge1": "1", "eval/rouge2": "2", "eval/rougeL": "L"},
+    ),
     Panel("Learning rate", "as the optimizer used it", {"train/learning_rate": "learning rate"}),
     Panel("Gradient norm", "before clipping", {"train/grad_norm": "norm"}, may_be_log=True),
     Panel("Throughput", "tokens per second", {"train/tokens_per_second": "all devices"}),
@@ -68,12 +80,13 @@ PANELS = (
 
 COMPARED = (
     Panel("Training loss", LOSS.unit, {"train/loss": ""}, may_be_log=True),
+    # Of generated answers there are few points: the table of final figures has them.
     Panel("Evaluation loss", LOSS.unit, {"eval/loss": ""}, may_be_log=True),
     *(
         Panel(panel.title, panel.unit, {key: ""}, panel.is_percent, panel.may_be_log)
         for panel in PANELS
         for key in list(panel.lines)[:1]
-        if panel not in (LOSS, MEMORY) and not key.startswith("memory/")
+        if panel not in (LOSS, MEMORY) and not key.startswith(("memory/", "eval/"))
     ),
     Panel("Peak memory", MEMORY.unit, {"memory/peak_gib": ""}),
 )

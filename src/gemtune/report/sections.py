@@ -166,8 +166,11 @@ def evaluation(record: RunRecord) -> Iterator[Html]:
     shown = kept if len(kept) <= 12 else [each for each in kept[-10:] if each is not best]
     shown = [each for each in (first, best) if each and each not in shown] + shown
     shown.sort(key=lambda each: each["step"])
-    keys = ["eval/loss", "eval/token_accuracy", "eval/exact_match"]
+    keys = ["eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match"]
     keys = [key for key in keys if any(key in each for each in shown)]
+    others = dict.fromkeys(key for each in shown for key in each if key.startswith("eval/"))
+    by_kind = "eval/exact_match_"
+    keys += [key for key in others if key not in keys and not key.startswith(by_kind)]
     rows = [
         [
             f"{each['step']:,}",
@@ -183,20 +186,31 @@ def evaluation(record: RunRecord) -> Iterator[Html]:
     parts = [table(["step", *(key.removeprefix("eval/").replace("_", " ") for key in keys)], rows)]
     if len(shown) < len(kept):
         parts.append(element("p", "The first, the best and the last ones.", class_="quiet"))
+    if chosen := _best_checkpoint(record):
+        parts.append(element("p", chosen, class_="quiet"))
     yield element("section", joined(parts))
-    prefix = "eval/exact_match_"
-    kinds = {k: v for k, v in metrics.latest.items() if k.startswith(prefix) and is_number(v)}
+    kinds = {k: v for k, v in metrics.latest.items() if k.startswith(by_kind) and is_number(v)}
     if kinds:
         rows = [
-            [key.removeprefix(prefix), _bar(value), f"{value:.1%}"] for key, value in kinds.items()
+            [key.removeprefix(by_kind), _bar(value), f"{value:.1%}"] for key, value in kinds.items()
         ]
         yield element("section", table(["exact match of", "", ""], rows, texts=(0, 1)))
+
+
+def _best_checkpoint(record: RunRecord) -> str:
+    """What the newest checkpoint says of the best one."""
+    state = mapping(record.checkpoint.get("state"))
+    metric, step, value = (state.get(f"best_{name}") for name in ("metric", "step", "value"))
+    if type(step) is not int or not is_number(value):
+        return ""
+    return f"Best of the evaluations between steps, by {metric}: {figure(value)} at step {step:,}."
 
 
 def _score(key: str, value: Any) -> str:
     if not is_number(value):
         return "" if value is None else plain(value)
-    return figure(value) if key == "eval/loss" else f"{value:.1%}"
+    is_share = key in ("eval/token_accuracy", "eval/exact_match")
+    return f"{value:.1%}" if is_share else figure(value)
 
 
 def _bar(share: float) -> Html:

@@ -19,7 +19,10 @@ class Dashboard(Protocol):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """A record of metrics.jsonl, or a part of one, under the names of `groups.grouped`."""
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None: ...
+    def log_table(
+        self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None
+    ) -> None:
+        """A table, after that step where it is of one; a later one may have the same name."""
 
     def log_summary(self, values: dict[str, float]) -> None:
         """Figures of the run as a whole."""
@@ -64,7 +67,9 @@ class NoDashboard:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         pass
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def log_table(
+        self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None
+    ) -> None:
         pass
 
     def log_summary(self, values: dict[str, float]) -> None:

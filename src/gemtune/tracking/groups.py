@@ -29,7 +29,12 @@ RANK_PEAKS = re.compile(r"^memory/rank_.+_peak_gib$")
 BEST = {
     "eval/loss": "min",
     "eval/token_accuracy": "max",
+    "eval/perplexity": "min",
     "eval/exact_match": "max",
+    "eval/chrf": "max",
+    "eval/rouge1": "max",
+    "eval/rouge2": "max",
+    "eval/rougeL": "max",
     "memory/peak_gib": "max",
     "memory/forward_peak_gib": "max",
     "memory/loss_peak_gib": "max",

@@ -34,8 +34,10 @@ class TrackioRun:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self._trackio.log(grouped(metrics), step=step)
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        self._trackio.log({name: self._trackio.Table(columns=columns, data=rows)}, step=0)
+    def log_table(
+        self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None
+    ) -> None:
+        self._trackio.log({name: self._trackio.Table(columns=columns, data=rows)}, step=step or 0)
 
     def log_summary(self, values: dict[str, float]) -> None:
         pass  # trackio shows records and tables alone

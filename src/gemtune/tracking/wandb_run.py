@@ -75,8 +75,11 @@ class WandbRun:
         self._run.log(grouped(metrics) | {"step": step})
         self._run.summary.update(self._best.update(metrics))
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        self._run.log({name: wandb.Table(columns=columns, data=rows)})
+    def log_table(
+        self, name: str, columns: list[str], rows: list[list[Any]], step: int | None = None
+    ) -> None:
+        of_step = {} if step is None else {"step": step}
+        self._run.log({name: wandb.Table(columns=columns, data=rows)} | of_step)
 
     def log_summary(self, values: dict[str, float]) -> None:
         self._run.summary.update(values)

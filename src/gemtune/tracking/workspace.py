@@ -12,6 +12,7 @@ from gemtune.tracking.groups import RANK_PEAKS
 
 NAME = "gemtune"
 _SMOOTHING = 0.6
+_PHASES = ("forward", "loss", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Section:
 
 def layout() -> list[Section]:
     """The sections, from top to bottom: one for each of `groups.GROUPS`, in that order."""
-    phases = ("forward", "loss", "backward", "optimizer")
     return [
         Section(
             "train",
@@ -59,14 +59,18 @@ def layout() -> list[Section]:
             [
                 Panel("loss on the evaluation rows", ("eval/loss",)),
                 Panel("token accuracy on the evaluation rows", ("eval/token_accuracy",)),
+                Panel("perplexity", ("eval/perplexity",)),
                 Panel("answers that match", pattern="^eval/exact_match"),
+                Panel("chrF of answers (0 to 100)", ("eval/chrf",)),
+                Panel("ROUGE of answers", pattern="^eval/rouge"),
+                Panel("samples", ("eval/samples",), kind="table"),
             ],
         ),
         Section(
             "memory",
             [
                 Panel("peak and plan (GiB)", ("memory/peak_gib", "memory/planned_peak_gib")),
-                Panel("peak by phase (GiB)", tuple(f"memory/{p}_peak_gib" for p in phases)),
+                Panel("peak by phase (GiB)", tuple(f"memory/{p}_peak_gib" for p in _PHASES)),
                 Panel("peak by rank (GiB)", pattern=RANK_PEAKS.pattern),
                 Panel("rank of the peak", ("memory/peak_rank",)),
                 Panel("on the GPU (GiB)", ("memory/allocated_gib", "memory/reserved_gib")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -130,6 +131,39 @@ def test_prune_keeps_the_best(
 ) -> None:
     for step, loss in enumerate(losses, start=1):
         save(folder, step, keep_last=2, eval_loss=loss)
+    assert names(folder) == [f"step_{step:08d}" for step in kept]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "kept"),
+    [
+        ("eval/chrf", "max", [2, 5]),
+        ("eval/chrf", "min", [1, 5]),
+        ("eval/loss", "min", [3, 5]),
+        ("eval/mine", "max", [4, 5]),
+        ("eval/other", "max", [5]),
+    ],
+)
+def test_prune_keeps_the_best_by_any_metric(
+    folder: CheckpointFolder, metric: str, mode: str, kept: list[int]
+) -> None:
+    figures = [
+        {"eval/loss": 3.0, "eval/chrf": 10.0},
+        {"eval/loss": 2.0, "eval/chrf": 30.0},
+        {"eval/loss": 1.0, "eval/chrf": 20.0},
+        {"eval/loss": 4.0, "eval/chrf": math.nan, "eval/mine": -5.0},
+        {"eval/loss": 5.0},
+    ]
+    for step, metrics in enumerate(figures, start=1):
+        folder.begin(step)
+        staging = folder.staging_path(step)
+        write(staging, "")
+        state = {"step": step, "eval_step": step, "eval_loss": metrics["eval/loss"]}
+        document = {"state": state | {"eval_metrics": metrics}}
+        (staging / "state.json").write_text(json.dumps(document))
+        write_manifest(staging, entries_of(staging.iterdir()))
+        folder.commit(step)
+    folder.prune(1, metric, mode)
     assert names(folder) == [f"step_{step:08d}" for step in kept]
 
 

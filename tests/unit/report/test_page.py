@@ -101,6 +101,32 @@ def test_curves_are_those_of_the_records(finished: Page) -> None:
     assert list(finished.curves("Peak memory by phase")) == list(PHASES)
 
 
+def test_metrics_of_answers_and_a_run_that_stopped_early(tmp_path: Path) -> None:
+    records = [
+        judged(0, 6.5),
+        trained(1) | judged(1, 2.5, **{"eval/chrf": 20.5, "eval/mine": 0.125}),
+        trained(2) | judged(2, 2.0, **{"eval/chrf": 31.25, "eval/mine": 0.25}),
+    ]
+    reason = "eval/mine was no better in 2 evaluations in a row"
+    folder = write_run(
+        tmp_path / "run",
+        records,
+        status=FINISHED | {"step": 2, "reason": reason},
+        run=START,
+    )
+    checkpoint = folder / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    state = {"best_metric": "eval/chrf", "best_step": 2, "best_value": 31.25}
+    (checkpoint / "state.json").write_text(json.dumps({"state": state}))
+    page = page_of(folder)
+    assert page.curves("chrF")["eval"] == {1: 20.5, 2: 31.25}
+    (head,) = [row for row in page.rows if row[:2] == ["step", "loss"]]
+    assert head[-2:] == ["chrf", "mine"]
+    assert ["2", "2.000", *page.row("2")[2:-2], "31.25", "0.2500"] == page.row("2")
+    assert "by eval/chrf: 31.25 at step 2." in page.text
+    assert f"This run ended after step 2 of 4: {reason}." in notices(page)
+
+
 def test_figures_of_the_whole(finished: Page) -> None:
     text = finished.text
     assert "finished" in text and "4 of 4 steps" in text and "2026-01-02 03:04:05 UTC" in text

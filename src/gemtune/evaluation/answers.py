@@ -1,8 +1,7 @@
-"""Judging a model by the answers it generates."""
+"""Answers that the model generates, shared between the ranks."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,12 +57,13 @@ def generate_answers(
 ) -> list[Answer]:
     """Answer the last turn of the first `num_rows` rows, greedily, shared between the ranks.
 
-    `model` is the unwrapped model; it is left in evaluation mode.
+    On every rank all answers in the order of the rows. `model` is the unwrapped model; it is left
+    in evaluation mode.
     """
     model.eval()
     tokenizer = dataset.encoder.tokenizer
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<turn|>")]
-    answers: list[Answer] = []
+    answers: list[tuple[int, Answer]] = []
     for rows, count in rounds_of_rank(runtime, num_rows, batch_size):
         prompts = [dataset.prompt(row) for row in rows]
         # Left padding: every answer begins at the same place.
@@ -88,26 +88,9 @@ def generate_answers(
             source_row = dataset.row(row)
             question = _question(source_row)
             kind = source_row.get("kind")
-            answers.append(Answer(prompt.where, kind, question, expected, text.strip()))
-    return runtime.collect(answers)
-
-
-def exact_match(answers: list[Answer]) -> dict[str, float]:
-    """`eval/exact_match` over all answers, and by kind where the rows have a `kind` column."""
-    if not answers:
-        return {}
-    metrics = {"eval/exact_match": _share_correct(answers)}
-    by_kind: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        if answer.kind is not None:
-            by_kind[answer.kind].append(answer)
-    for kind, some in sorted(by_kind.items()):
-        metrics[f"eval/exact_match_{kind}"] = _share_correct(some)
-    return metrics
-
-
-def _share_correct(answers: list[Answer]) -> float:
-    return sum(answer.correct for answer in answers) / len(answers)
+            answer = Answer(prompt.where, kind, question, expected, text.strip())
+            answers.append((row, answer))
+    return [answer for _, answer in sorted(runtime.collect(answers), key=lambda pair: pair[0])]
 
 
 def _question(row: dict[str, Any]) -> str:
