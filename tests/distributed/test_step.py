@@ -141,7 +141,8 @@ def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
         assert found["good"].updated and found["good"].loss == ranks[0]["good"].loss
         assert all(map(torch.equal, found["after good"], ranks[0]["after good"]))
         assert not any(map(torch.equal, found["after good"], found["start"]))
-        assert len(found["good"].peaks_gib) == 2
+        assert len(found["good"].peaks_gib) == len(found["good"].readings) == 2
+        assert found["good"].longest_row_tokens == 3  # rank 0's labels, also on rank 1
         assert found["buffers"]["ones"].tolist() == [1.0, 1.0]
         assert found["buffers"]["twos"].tolist() == [2.0, 2.0]
 
