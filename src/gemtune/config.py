@@ -175,6 +175,13 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"schedule.warmup_steps={warmup} leaves no step of loop.max_steps={steps} after it."
         )
+    for part in config.optim.part_lrs:
+        if part in config.model.freeze and type(config.adapter) is Adapter:
+            frozen = ",".join(config.model.freeze)
+            raise ConfigError(
+                f"optim.part_lrs.{part} is the rate of a part that model.freeze=[{frozen}] takes "
+                "out of training. Leave out one of the two."
+            )
 
 
 def find_recipe(config: RunConfig) -> Callable[[RunConfig], int]:

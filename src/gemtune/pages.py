@@ -178,6 +178,6 @@ def _training(config: RunConfig, runtime: Runtime, num_steps: int) -> str:
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''}"
     method = config.adapter.name if isinstance(config.adapter, Lora) else "full"
     return (
-        f"{method}, {num_steps:,} steps of {config.loop.global_batch_size} rows, peak learning "
-        f"rate {config.optim.lr:g} ({config.schedule.name}), {processes} on {runtime.device.type}"
+        f"{method}, {num_steps:,} steps of {config.loop.global_batch_size} rows, "
+        f"{config.optim.describe()} ({config.schedule.name}), {processes} on {runtime.device.type}"
     )

@@ -30,7 +30,12 @@ READ = (
     "model.weights=pretrained",
     "model.dtype=bfloat16",
 )
-FULL = ("loop.max_steps=20", "checkpoint.every_steps=10")
+FULL = (
+    "loop.max_steps=20",
+    "checkpoint.every_steps=10",
+    "optim.part_lrs.vision=5e-4",
+    "optim.weight_decay=0.1",
+)
 # Sharded, each token of an answer gathers the whole model: some runs are enough.
 SILENT = "data.eval_generate_rows=0"
 
