@@ -17,14 +17,14 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from gemtune.adapters import Adapter
+from gemtune.adapters import Adapter, Lora
 from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.data import DataConfig
 from gemtune.errors import ConfigError
 from gemtune.loop_config import LoopConfig
 from gemtune.memory import MemoryConfig
 from gemtune.models import ModelConfig
-from gemtune.optim import AdamW, Schedule
+from gemtune.optim import AdamW, Muon, Schedule
 from gemtune.options import did_you_mean, option
 from gemtune.parallel import ParallelConfig
 from gemtune.patches.catalogue import available, patch_class
@@ -174,6 +174,12 @@ def _check_combinations(config: RunConfig) -> None:
     if warmup and steps is not None and warmup >= steps:
         raise ConfigError(
             f"schedule.warmup_steps={warmup} leaves no step of loop.max_steps={steps} after it."
+        )
+    factors_alone = isinstance(config.adapter, Lora) and not config.adapter.also_train
+    if isinstance(config.optim, Muon) and factors_alone:
+        raise ConfigError(
+            "optim=muon under an adapter has no matrix to step: factors of adapters are stepped by "
+            "AdamW. Use optim=adamw, or train matrices in full: adapter.also_train=[projector]."
         )
     for part in config.optim.part_lrs:
         if part in config.model.freeze and type(config.adapter) is Adapter:

@@ -40,6 +40,7 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
 
 
 PART_RATES = ("optim.part_lrs.vision=1e-4", "optim.part_lrs.ple=1e-2", "optim.weight_decay=0.1")
+MUON = ("optim=muon", "optim.weight_decay=0.1")
 WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
 
 
@@ -54,6 +55,7 @@ WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
         LORA,
         (*LORA, "model.gradient_checkpointing=true", "data.num_workers=2"),
         PART_RATES,
+        MUON,
     ],
     ids=[
         "plain-wandb",
@@ -64,6 +66,7 @@ WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
         "lora-dropout",
         "lora-dropout-recompute-workers",
         "rates-by-part",
+        "muon",
     ],
 )
 def test_ctrl_c_and_the_same_command_again(

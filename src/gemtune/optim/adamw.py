@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemtune.errors import ConfigError
 from gemtune.models.parts import PARTS
@@ -30,6 +30,8 @@ class AdamW:
     eps: float = option(1e-8, "added to the root of the second moment")
 
     name: ClassVar[str] = "AdamW"
+    whole_only: ClassVar[str] = ""
+    """Why it cannot step shares of parameters (FSDP2); empty where it can."""
 
     def __post_init__(self) -> None:
         require_range("optim.lr", self.lr, above=0)
@@ -48,19 +50,23 @@ class AdamW:
         Raises:
             ConfigError: nothing is trained, or nothing of a part that has a rate.
         """
-        return torch.optim.AdamW(
-            self.groups(model),
-            lr=self.lr,
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            fused=True,
-        )
+        return self.adamw(self.groups(model))
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All trained parameters, by rate and decay."""
         trained = find_trained(model)
         require_parts(trained, self.part_lrs)
         return group(trained, lr=self.lr, part_lrs=self.part_lrs, weight_decay=self.weight_decay)
+
+    def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """torch's AdamW of these settings."""
+        return torch.optim.AdamW(
+            groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
+        )
+
+    def moment_bytes(self, parameter: Tensor) -> int:
+        """What a trained parameter has of state."""
+        return 2 * parameter.numel() * parameter.element_size()
 
     def describe(self) -> str:
         """Name and peak rates, for people."""
