@@ -39,6 +39,7 @@ from gemtune.loop import Session, evaluate, train
 from gemtune.losses import HostLabels
 from gemtune.memory import PeakTracker, resident_gib
 from gemtune.models import (
+    EmbeddingNoise,
     Processing,
     base_model,
     encode_images_in_forward,
@@ -211,6 +212,8 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
     report = patches.apply(base, config.patches)
     if config.data.packing:
         separate_documents(base)
+    if config.model.neftune_alpha is not None:
+        EmbeddingNoise(base, config.model.neftune_alpha)
     model = adapters.attach(base, config.adapter)
     # Sharded, rank 0 alone has weights to tell.
     identity = runtime.collect([base_identity(model)])[0]

@@ -41,6 +41,7 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
 
 PART_RATES = ("optim.part_lrs.vision=1e-4", "optim.part_lrs.ple=1e-2", "optim.weight_decay=0.1")
 MUON = ("optim=muon", "optim.weight_decay=0.1")
+NEFTUNE = ("model.neftune_alpha=5",)
 WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
 
 
@@ -56,6 +57,8 @@ WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
         (*LORA, "model.gradient_checkpointing=true", "data.num_workers=2"),
         PART_RATES,
         MUON,
+        (*NEFTUNE, "model.gradient_checkpointing=true"),
+        (*NEFTUNE, "data.packing=true", "data.max_length=64"),
     ],
     ids=[
         "plain-wandb",
@@ -67,6 +70,8 @@ WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
         "lora-dropout-recompute-workers",
         "rates-by-part",
         "muon",
+        "neftune-recompute",
+        "neftune-packed",
     ],
 )
 def test_ctrl_c_and_the_same_command_again(

@@ -22,6 +22,7 @@ from gemtune.errors import ConfigError
 from gemtune.losses import HostLabels
 from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import (
+    EmbeddingNoise,
     Processing,
     StandIns,
     base_model,
@@ -145,6 +146,8 @@ def _follow(
     report = patches.apply(base, config.patches)
     if config.data.packing:
         separate_documents(base)
+    if config.model.neftune_alpha is not None:
+        EmbeddingNoise(base, config.model.neftune_alpha)
     model = shadow.without_values(adapters.attach(base, config.adapter))
     shadow.leave_out(model.get_parameter(name) for name in host_parameters(model))
     after_backward = distribute(config, plan.world_size, is_sharded, model, base)
