@@ -214,7 +214,7 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
         separate_documents(base)
     if config.model.neftune_alpha is not None:
         EmbeddingNoise(base, config.model.neftune_alpha)
-    model = adapters.attach(base, config.adapter)
+    model = adapters.attach(base, config.adapter, runtime.device)
     # Sharded, rank 0 alone has weights to tell.
     identity = runtime.collect([base_identity(model)])[0]
     return Stages(

@@ -17,7 +17,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from gemtune.adapters import Adapter, Lora
+from gemtune.adapters import Adapter, Lora, Qlora
 from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.data import DataConfig
 from gemtune.errors import ConfigError
@@ -26,7 +26,7 @@ from gemtune.memory import MemoryConfig
 from gemtune.models import ModelConfig
 from gemtune.optim import AdamW, Muon, Schedule
 from gemtune.options import did_you_mean, option
-from gemtune.parallel import ParallelConfig
+from gemtune.parallel import FSDP2, ParallelConfig
 from gemtune.patches.catalogue import available, patch_class
 from gemtune.runtime import RunSettings
 from gemtune.tracking import TrackerConfig
@@ -175,6 +175,12 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"schedule.warmup_steps={warmup} leaves no step of loop.max_steps={steps} after it."
         )
+    if isinstance(config.adapter, Qlora) and config.parallel.strategy == FSDP2:
+        raise ConfigError(
+            "adapter=qlora cannot be used with parallel=fsdp2: no rank could put weights "
+            "in few bits together again from shares. Use parallel=ddp, where each process holds "
+            "the base, or adapter=lora."
+        )
     factors_alone = isinstance(config.adapter, Lora) and not config.adapter.also_train
     if isinstance(config.optim, Muon) and factors_alone:
         raise ConfigError(
@@ -211,13 +217,18 @@ def describe_fields() -> str:
     lines: list[str] = []
     for section, declared in typing.get_type_hints(RunConfig).items():
         if section == "patches":
-            variants: list[type] = [patch_class(name) for name in available()]
+            for cls in map(patch_class, available()):
+                lines += _describe(f"patches.{cls.name}", cls, shared=None)
         else:
-            variants = [declared, *declared.__subclasses__()]
-        for cls in variants:
-            prefix = f"patches.{cls.name}" if section == "patches" else section
-            lines += _describe(prefix, cls, shared=declared if cls is not declared else None)
+            lines += _describe_kinds(section, declared, None)
     return "\n".join(lines)
+
+
+def _describe_kinds(section: str, cls: type, parent: type | None) -> Iterator[str]:
+    """A dataclass, then what each of its subclasses has more than it."""
+    yield from _describe(section, cls, shared=parent)
+    for kind in cls.__subclasses__():
+        yield from _describe_kinds(section, kind, cls)
 
 
 def _describe(prefix: str, cls: type, shared: type | None) -> Iterator[str]:

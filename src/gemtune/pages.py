@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from gemtune.adapters import Lora, adapter_rows
+from gemtune.adapters import Lora, Qlora, adapter_rows, quantization_row
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
@@ -147,6 +147,8 @@ def _adapter_rows(config: RunConfig, model: nn.Module) -> Iterator[Row]:
     if isinstance(config.adapter, Lora):
         for number, (part, text) in enumerate(adapter_rows(model, config.adapter)):
             yield "" if number else "adapter", f"{part}: {text}", ""
+    if isinstance(config.adapter, Qlora):
+        yield "base", f"{config.adapter.quantization}: {quantization_row(model)}", ""
 
 
 def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:

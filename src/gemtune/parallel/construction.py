@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gemtune.adapters import attach
+from gemtune.adapters import Qlora, attach
 from gemtune.models import Processing, load_model, part_of
 from gemtune.parallel.config import (
     AUTO,
+    DDP,
     Strategy,
     decide,
     refuse_sharding,
@@ -34,6 +35,8 @@ def choose_strategy(config: RunConfig, runtime: Runtime, processing: Processing)
         ConfigError: the optimizer steps whole parameters only, and these would be sharded.
     """
     asked, copy_bytes = config.parallel.strategy, 0
+    if asked == AUTO and isinstance(config.adapter, Qlora):
+        return Strategy(DDP, "auto: a base in few bits is not sharded")
     device_bytes = smallest_device_bytes(runtime.device)
     if asked == AUTO and runtime.world_size > 1 and device_bytes is not None:
         copy_bytes = bytes_of_copy(config, processing)
