@@ -37,6 +37,7 @@ from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
 from gemtune.memory import PeakTracker, resident_gib
 from gemtune.models import (
+    EmbeddingNoise,
     Processing,
     base_model,
     encode_images_in_forward,
@@ -230,7 +231,9 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
     report = patches.apply(base, config.patches)
     if config.data.packing:
         separate_documents(base)
-    model = adapters.attach(base, config.adapter)
+    if config.model.neftune_alpha is not None:
+        EmbeddingNoise(base, config.model.neftune_alpha)
+    model = adapters.attach(base, config.adapter, runtime.device)
     # Sharded, rank 0 alone has weights to tell.
     identity = runtime.collect([base_identity(model)])[0]
     return Stages(

@@ -17,7 +17,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from gemtune.adapters import Adapter
+from gemtune.adapters import Adapter, Lora, Qlora
 from gemtune.checkpoint.config import CheckpointConfig
 from gemtune.data import DataConfig
 from gemtune.errors import ConfigError
@@ -25,9 +25,9 @@ from gemtune.evaluation import EvalConfig
 from gemtune.loop_config import LoopConfig
 from gemtune.memory import MemoryConfig
 from gemtune.models import ModelConfig
-from gemtune.optim import AdamW, Schedule
+from gemtune.optim import AdamW, Muon, Schedule
 from gemtune.options import did_you_mean, option
-from gemtune.parallel import ParallelConfig
+from gemtune.parallel import FSDP2, ParallelConfig
 from gemtune.patches.catalogue import available, patch_class
 from gemtune.runtime import RunSettings
 from gemtune.tracking import TrackerConfig
@@ -184,6 +184,25 @@ def _check_combinations(config: RunConfig) -> None:
             config.patches
         ),
     )
+    if isinstance(config.adapter, Qlora) and config.parallel.strategy == FSDP2:
+        raise ConfigError(
+            "adapter=qlora cannot be used with parallel=fsdp2: no rank could put weights "
+            "in few bits together again from shares. Use parallel=ddp, where each process holds "
+            "the base, or adapter=lora."
+        )
+    factors_alone = isinstance(config.adapter, Lora) and not config.adapter.also_train
+    if isinstance(config.optim, Muon) and factors_alone:
+        raise ConfigError(
+            "optim=muon under an adapter has no matrix to step: factors of adapters are stepped by "
+            "AdamW. Use optim=adamw, or train matrices in full: adapter.also_train=[projector]."
+        )
+    for part in config.optim.part_lrs:
+        if part in config.model.freeze and type(config.adapter) is Adapter:
+            frozen = ",".join(config.model.freeze)
+            raise ConfigError(
+                f"optim.part_lrs.{part} is the rate of a part that model.freeze=[{frozen}] takes "
+                "out of training. Leave out one of the two."
+            )
 
 
 def find_recipe(config: RunConfig) -> Callable[[RunConfig], int]:
@@ -207,13 +226,18 @@ def describe_fields() -> str:
     lines: list[str] = []
     for section, declared in typing.get_type_hints(RunConfig).items():
         if section == "patches":
-            variants: list[type] = [patch_class(name) for name in available()]
+            for cls in map(patch_class, available()):
+                lines += _describe(f"patches.{cls.name}", cls, shared=None)
         else:
-            variants = [declared, *declared.__subclasses__()]
-        for cls in variants:
-            prefix = f"patches.{cls.name}" if section == "patches" else section
-            lines += _describe(prefix, cls, shared=declared if cls is not declared else None)
+            lines += _describe_kinds(section, declared, None)
     return "\n".join(lines)
+
+
+def _describe_kinds(section: str, cls: type, parent: type | None) -> Iterator[str]:
+    """A dataclass, then what each of its subclasses has more than it."""
+    yield from _describe(section, cls, shared=parent)
+    for kind in cls.__subclasses__():
+        yield from _describe_kinds(section, kind, cls)
 
 
 def _describe(prefix: str, cls: type, shared: type | None) -> Iterator[str]:

@@ -25,6 +25,7 @@ from gemtune.memory import (
     read_memory,
     reported_when_out_of_memory,
 )
+from gemtune.optim.groups import set_learning_rate
 from gemtune.parallel.gradients import clip_gradients
 from gemtune.runtime import Runtime
 from gemtune.skipped_steps import remember_loss, spike_limit
@@ -51,7 +52,7 @@ class Session:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
-    """Of the step with that index, from 0."""
+    """Of the step with that index, from 0. Groups with a `lr_ratio` get it times that."""
     memory: PeakTracker
     forward_options: dict[str, Any]
     """Passed to the model with every batch."""
@@ -206,8 +207,8 @@ def step(
     finite = math.isfinite(loss) and all(math.isfinite(row[3]) for row in shared)
     updated = finite and loss <= loss_limit
     if updated:
-        for group in session.optimizer.param_groups:
-            group["lr"] = session.learning_rate(session.state.step)
+        rate = session.learning_rate(session.state.step)
+        set_learning_rate(session.optimizer.param_groups, rate)
         session.optimizer.step()
     session.optimizer.zero_grad(set_to_none=True)
     peaks = session.memory.finish()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from gemtune.adapters import Lora, adapter_rows
+from gemtune.adapters import Lora, Qlora, adapter_rows, quantization_row
 from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
@@ -159,6 +159,8 @@ def _adapter_rows(config: RunConfig, model: nn.Module) -> Iterator[Row]:
     if isinstance(config.adapter, Lora):
         for number, (part, text) in enumerate(adapter_rows(model, config.adapter)):
             yield "" if number else "adapter", f"{part}: {text}", ""
+    if isinstance(config.adapter, Qlora):
+        yield "base", f"{config.adapter.quantization}: {quantization_row(model)}", ""
 
 
 def _data_rows(config: RunConfig, built: _Built) -> Iterator[Row]:
@@ -190,6 +192,6 @@ def _training(config: RunConfig, runtime: Runtime, num_steps: int) -> str:
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''}"
     method = config.adapter.name if isinstance(config.adapter, Lora) else "full"
     return (
-        f"{method}, {num_steps:,} steps of {config.loop.global_batch_size} rows, peak learning "
-        f"rate {config.optim.lr:g} ({config.schedule.name}), {processes} on {runtime.device.type}"
+        f"{method}, {num_steps:,} steps of {config.loop.global_batch_size} rows, "
+        f"{config.optim.describe()} ({config.schedule.name}), {processes} on {runtime.device.type}"
     )

@@ -121,7 +121,7 @@ class Runtime:
         # copy rank 0's over them by position, and transformers before 5.10 registers some in the
         # order of a set, which differs between processes: ranks ended up with the wrong ones.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [*on_host, *(name for name, _ in model.named_buffers())]
+            model, [*on_host, *_quantized(model), *(name for name, _ in model.named_buffers())]
         )
         return self.accelerator.prepare(model)
 
@@ -169,6 +169,11 @@ class Runtime:
     def seed_training(self, seed: int) -> None:
         """Dropout differs between ranks; everything before this call was the same on all."""
         seed_everything(seed + self.rank)
+
+
+def _quantized(model: nn.Module) -> list[str]:
+    """Frozen weights of a library's class: every rank made the same, and DDP cannot send them."""
+    return [name for name, p in model.named_parameters() if type(p) is not nn.Parameter]
 
 
 def start(settings: RunSettings, parallel: ParallelConfig) -> Runtime:

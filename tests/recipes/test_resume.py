@@ -39,6 +39,9 @@ def copied(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
     return RunFolder(folder, 0)
 
 
+PART_RATES = ("optim.part_lrs.vision=1e-4", "optim.part_lrs.ple=1e-2", "optim.weight_decay=0.1")
+MUON = ("optim=muon", "optim.weight_decay=0.1")
+NEFTUNE = ("model.neftune_alpha=5",)
 WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
 
 
@@ -52,6 +55,10 @@ WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
         ("model.gradient_checkpointing=true",),
         LORA,
         (*LORA, "model.gradient_checkpointing=true", "data.num_workers=2"),
+        PART_RATES,
+        MUON,
+        (*NEFTUNE, "model.gradient_checkpointing=true"),
+        (*NEFTUNE, "data.packing=true", "data.max_length=64"),
     ],
     ids=[
         "plain-wandb",
@@ -61,6 +68,10 @@ WANDB = ("tracker=wandb", "tracker.mode=offline", "loop.log_every_steps=1")
         "recompute",
         "lora-dropout",
         "lora-dropout-recompute-workers",
+        "rates-by-part",
+        "muon",
+        "neftune-recompute",
+        "neftune-packed",
     ],
 )
 def test_ctrl_c_and_the_same_command_again(

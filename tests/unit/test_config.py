@@ -156,3 +156,10 @@ def test_keys_pass_hydra_unchecked_and_groups_do_not() -> None:
     arguments = ["optim.lr=1", "model=e2b", "patches=[a.b=c]", "+optim.x=1", "--cfg", "hydra/x=y"]
     expected = ["++optim.lr=1", *arguments[1:]]
     assert with_unchecked_keys(arguments) == expected
+
+
+def test_a_rate_of_a_frozen_part_is_refused_before_anything_is_read() -> None:
+    sections = {"optim": {"part_lrs": {"vision": 1e-5}}, "model": {"freeze": ["vision", "ple"]}}
+    with pytest.raises(ConfigError, match=r"part_lrs\.vision .*model\.freeze=\[vision,ple\]"):
+        typed(config_with(**sections))
+    assert typed(config_with(optim={"part_lrs": {"vision": 1e-5}})).optim.part_lrs["vision"] == 1e-5

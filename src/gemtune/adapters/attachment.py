@@ -6,18 +6,23 @@ import warnings
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemtune.adapters.config import Adapter, Dora, Lora, RsLora
+from gemtune.adapters.config import Adapter, Dora, Lora, Qlora, RsLora
+from gemtune.adapters.libraries import NF4
+from gemtune.adapters.quantization import dequantized, quantize, quantized_linears
 from gemtune.adapters.targets import also_trained, find_targets
 
+_CPU = torch.device("cpu")
 
-def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
+
+def attach(model: nn.Module, adapter: Adapter, device: torch.device = _CPU) -> nn.Module:
     """The model with its adapter: peft's wrapper, or the model itself where there is none.
 
     What the adapter does not name is frozen. An adapter of the embeddings goes to the tied head as
-    well, so that the two stay one matrix.
+    well, so that the two stay one matrix. Under QLoRA weights are quantised on `device`, and stay.
 
     Raises:
         ConfigError: a part that is named is not in this model.
@@ -27,6 +32,10 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(model, adapter.parts)
+    if isinstance(adapter, Qlora):
+        quantize(model, adapter.quantization, device)
+        # For peft, which asks; accelerate would ask for a map of devices.
+        vars(model)["is_loaded_in_4bit"] = adapter.quantization == NF4
     full = [model.get_parameter(name) for name in also_trained(model, adapter.also_train)]
     config = LoraConfig(
         r=adapter.rank,
@@ -46,7 +55,10 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
         # Ranks of experts are followed all the same; the tied head is merged once, see `merge`.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+        # It would merge into few bits; `merge` here does not.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
         adapted = get_peft_model(model, config)
+    vars(model).pop("is_loaded_in_4bit", None)
     if "embeddings" in adapter.parts:
         _tie(adapted.get_base_model())
     for parameter in full:
@@ -92,7 +104,11 @@ def _call_inside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The plain model with the adapter added into its weights; a plain model as it is."""
+    """The plain model with the adapter added into its weights; a plain model as it is.
+
+    Weights in few bits become what they stand for, in the dtype of the computation and on the CPU,
+    before the adapter is added: what was trained is what comes out.
+    """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -103,6 +119,25 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(head, LoraLayer) and isinstance(table, LoraLayer):
         # One matrix: added twice it would have the update twice.
         plain.lm_head = head.get_base_layer()
+    _dequantize(plain)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
         return model.merge_and_unload()
+
+
+@torch.no_grad()
+def _dequantize(plain: nn.Module) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for name, linear in list(quantized_linears(plain)):
+        weight = dequantized(linear)
+        dtype, sum_ = weight.dtype, weight.float()
+        path = name.removesuffix(".base_layer")
+        adapted = plain.get_submodule(path)
+        if isinstance(adapted, LoraLayer):
+            for each in adapted.active_adapters:
+                sum_ += adapted.get_delta_weight(each)
+        merged = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(sum_.to(dtype).cpu(), requires_grad=False)
+        merged.bias = linear.bias
+        plain.set_submodule(path, merged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gemtune.adapters.libraries import INT8, NF4, require_library
 from gemtune.errors import ConfigError
 from gemtune.options import option, require_choice, require_range
 
@@ -68,6 +69,22 @@ class RsLora(Lora):
     """Rank-stabilised LoRA (arXiv:2312.03732): the update is scaled by alpha / sqrt(rank)."""
 
     name: ClassVar[str] = "rsLoRA"
+
+
+@dataclass
+class Qlora(Lora):
+    """LoRA (QLoRA, arXiv:2305.14314) on a base whose language layers are in 4 or 8 bits."""
+
+    quantization: str = option(
+        NF4, "nf4 (4 bits, bitsandbytes), or int8 (torchao): of the language layers' linear weights"
+    )
+
+    name: ClassVar[str] = "QLoRA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("adapter.quantization", self.quantization, [NF4, INT8])
+        require_library(self.quantization)
 
 
 @dataclass

@@ -36,10 +36,18 @@ def base_identity(model: nn.Module) -> dict[str, str] | None:
             return None
         kind = str(parameter.dtype).removeprefix("torch.")
         digest.update(f"{name} {kind} {list(parameter.shape)}\n".encode())
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLES)
-        digest.update(flat[::step][:_SAMPLES].cpu().double().numpy().tobytes())
+        for tensor in _plain(parameter.detach()):
+            flat = tensor.flatten()
+            step = max(1, flat.numel() // _SAMPLES)
+            digest.update(flat[::step][:_SAMPLES].cpu().double().numpy().tobytes())
     return {"config": _config_hash(model), "frozen_weights": digest.hexdigest()}
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor, or what one of a class of its own (in 8 bits by torchao) is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def _config_hash(model: nn.Module) -> str:

@@ -29,6 +29,10 @@ def holdings(
         tensor = getattr(tensor, "_local_tensor", tensor)  # the shard of a DTensor
         if tensor is None or tensor.device.type != device.type:
             return
+        if hasattr(tensor, "__tensor_flatten__"):  # a library's own, in few bits
+            for name in tensor.__tensor_flatten__()[0]:
+                add(owner, getattr(tensor, name))
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)

@@ -1,6 +1,7 @@
 """Gemma 4: reading a checkpoint, or building a model from a seed; naming its parts."""
 
 from gemtune.models.gemma4 import ModelConfig, Processing, load_model, load_processing
+from gemtune.models.neftune import EmbeddingNoise
 from gemtune.models.parts import (
     PARTS,
     base_model,
@@ -13,6 +14,7 @@ from gemtune.models.stand_in import StandIns, encode_images_in_forward
 
 __all__ = [
     "PARTS",
+    "EmbeddingNoise",
     "ModelConfig",
     "Processing",
     "StandIns",

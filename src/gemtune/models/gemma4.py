@@ -17,7 +17,7 @@ from torch import nn
 from gemtune.errors import ConfigError, ModelError
 from gemtune.models.media import other_media
 from gemtune.models.parts import PARTS, freeze
-from gemtune.options import option, require_choice
+from gemtune.options import option, require_choice, require_range
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUNDLED = "bundled:"
@@ -40,6 +40,9 @@ class ModelConfig:
         False, "recompute each layer in backward (non-reentrant): less memory, about 1/3 more time"
     )
     freeze: list[str] = option([], f"parts that are not trained, of {', '.join(PARTS)}")
+    neftune_alpha: float | None = option(
+        None, "NEFTune: noise on text embeddings in training, of alpha / sqrt(tokens * width)"
+    )
 
     def __post_init__(self) -> None:
         if self.dtype == "float16":
@@ -50,6 +53,7 @@ class ModelConfig:
         require_choice("model.dtype", self.dtype, [*_DTYPES, "auto"])
         require_choice("model.weights", self.weights, ["pretrained", "random"])
         require_choice("model.attention", self.attention, ["sdpa", "eager"])
+        require_range("model.neftune_alpha", self.neftune_alpha, above=0)
         for part in self.freeze:
             require_choice("model.freeze", part, PARTS)
 

@@ -31,9 +31,15 @@ def part_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         total, trainable = counts.get(part_of(name), (0, 0))
-        size = parameter.numel()
+        size = num_values(parameter)
         counts[part_of(name)] = (total + size, trainable + size * parameter.requires_grad)
     return counts
+
+
+def num_values(parameter: nn.Parameter) -> int:
+    """How many numbers it stands for; bitsandbytes packs two of 4 bits into one."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def freeze(model: nn.Module, parts: Iterable[str]) -> None:

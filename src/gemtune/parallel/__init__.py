@@ -8,6 +8,7 @@ from gemtune.parallel.config import (
     Strategy,
     decide,
     refuse_foreign_sharding,
+    refuse_sharding,
     smallest_device_bytes,
     training_bytes,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Strategy",
     "decide",
     "refuse_foreign_sharding",
+    "refuse_sharding",
     "smallest_device_bytes",
     "training_bytes",
 ]

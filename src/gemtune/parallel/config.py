@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +85,27 @@ def decide(
     return Strategy(DDP if fits else FSDP2, f"auto: {compared}")
 
 
-def training_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of weights, gradients and AdamW's two moments, all in the dtype of the weights.
+def training_bytes(
+    parameters: Iterable[nn.Parameter], moment_bytes: Callable[[nn.Parameter], int]
+) -> int:
+    """Bytes of weights, gradients in their dtype, and the optimizer's state of what is trained.
 
     Parameters on the meta device will do.
     """
-    return sum(
-        (4 if parameter.requires_grad else 1) * parameter.numel() * parameter.element_size()
-        for parameter in parameters
-    )
+    total = 0
+    for parameter in parameters:
+        own = parameter.numel() * parameter.element_size()
+        total += 2 * own + moment_bytes(parameter) if parameter.requires_grad else own
+    return total
+
+
+def refuse_sharding(strategy: Strategy, optimizer: str, reason: str) -> None:
+    """ConfigError for an optimizer that has a reason not to step shares of parameters."""
+    if strategy.is_sharded and reason:
+        raise ConfigError(
+            f"{optimizer} cannot be used with parallel=fsdp2 ({strategy.reason}): {reason}. Use "
+            "optim=adamw, or parallel=ddp."
+        )
 
 
 def smallest_device_bytes(device: torch.device) -> int | None:

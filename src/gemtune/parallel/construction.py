@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gemtune.adapters import attach
+from gemtune.adapters import Qlora, attach
 from gemtune.models import Processing, load_model, part_of
 from gemtune.parallel.config import (
     AUTO,
+    DDP,
     Strategy,
     decide,
+    refuse_sharding,
     smallest_device_bytes,
     training_bytes,
 )
@@ -27,18 +29,27 @@ _HOSTED = {"vision_streaming": "vision", "ple_offload": "ple"}
 
 
 def choose_strategy(config: RunConfig, runtime: Runtime, processing: Processing) -> Strategy:
-    """What `parallel.strategy` stands for here, decided before weights are read."""
+    """What `parallel.strategy` stands for here, decided before weights are read.
+
+    Raises:
+        ConfigError: the optimizer steps whole parameters only, and these would be sharded.
+    """
     asked, copy_bytes = config.parallel.strategy, 0
+    if asked == AUTO and isinstance(config.adapter, Qlora):
+        return Strategy(DDP, "auto: a base in few bits is not sharded")
     device_bytes = smallest_device_bytes(runtime.device)
     if asked == AUTO and runtime.world_size > 1 and device_bytes is not None:
         copy_bytes = bytes_of_copy(config, processing)
         device_bytes = int(min(row[0] for row in runtime.table([float(device_bytes)])))
-    return decide(
+    strategy = decide(
         asked,
         num_processes=runtime.world_size,
         copy_bytes=copy_bytes,
         device_bytes=device_bytes,
     )
+    if runtime.world_size > 1:
+        refuse_sharding(strategy, config.optim.name, config.optim.whole_only)
+    return strategy
 
 
 def bytes_of_copy(config: RunConfig, processing: Processing) -> int:
@@ -46,7 +57,8 @@ def bytes_of_copy(config: RunConfig, processing: Processing) -> int:
     skeleton = load_model(config.model, processing, config.run.seed, without_weights=True)
     elsewhere = {id(p) for p in _hosted_parameters(skeleton, config)}
     parameters = attach(skeleton, config.adapter).parameters()
-    return training_bytes(p for p in parameters if id(p) not in elsewhere)
+    here = (p for p in parameters if id(p) not in elsewhere)
+    return training_bytes(here, config.optim.moment_bytes)
 
 
 def build_base(config: RunConfig, runtime: Runtime, processing: Processing) -> nn.Module:

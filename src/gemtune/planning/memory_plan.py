@@ -22,6 +22,7 @@ from gemtune.errors import ConfigError
 from gemtune.losses import HostLabels
 from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import (
+    EmbeddingNoise,
     Processing,
     StandIns,
     base_model,
@@ -30,7 +31,7 @@ from gemtune.models import (
     trained_modalities,
 )
 from gemtune.options import option, require_choice, require_range
-from gemtune.parallel import AUTO, DDP, Strategy, decide
+from gemtune.parallel import AUTO, DDP, Strategy, decide, refuse_sharding
 from gemtune.parallel.construction import bytes_of_copy
 from gemtune.parallel.fsdp import shard_model
 from gemtune.patches.host_memory import host_parameters
@@ -127,6 +128,8 @@ def plan_memory(
     processing = processing_for_plan(config)
     strategy = planned_strategy(config, plan, processing)
     is_sharded = strategy.is_sharded and plan.world_size > 1
+    if is_sharded:
+        refuse_sharding(strategy, config.optim.name, config.optim.whole_only)
     with first_of(plan.world_size) if is_sharded else nullcontext():
         return _follow(config, plan, processing, strategy, is_sharded, progress)
 
@@ -145,6 +148,8 @@ def _follow(
     report = patches.apply(base, config.patches)
     if config.data.packing:
         separate_documents(base)
+    if config.model.neftune_alpha is not None:
+        EmbeddingNoise(base, config.model.neftune_alpha)
     model = shadow.without_values(adapters.attach(base, config.adapter))
     shadow.leave_out(model.get_parameter(name) for name in host_parameters(model))
     after_backward = distribute(config, plan.world_size, is_sharded, model, base)

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from gemtune.errors import ConfigError
+from gemtune.optim import AdamW, AdamW8bit, Muon
 from gemtune.parallel import (
     ParallelConfig,
+    Strategy,
     decide,
     refuse_foreign_sharding,
+    refuse_sharding,
     smallest_device_bytes,
     training_bytes,
 )
@@ -46,7 +49,16 @@ def test_bytes_of_a_copy() -> None:
     trained = nn.Parameter(torch.empty(10, 3, device="meta"))
     frozen = nn.Parameter(torch.empty(7, dtype=torch.bfloat16, device="meta"), requires_grad=False)
     # Weight, gradient and two moments of 30 numbers in float32; 7 numbers in bfloat16.
-    assert training_bytes([trained, frozen]) == 4 * 30 * 4 + 14
+    assert training_bytes([trained, frozen], AdamW().moment_bytes) == 4 * 30 * 4 + 14
+
+
+def test_shares_are_refused_where_the_optimizer_wants_whole_parameters() -> None:
+    auto = Strategy("fsdp2", "auto: 49 of 80 GiB")
+    refuse_sharding(auto, AdamW.name, AdamW.whole_only)
+    refuse_sharding(auto, Muon.name, Muon.whole_only)
+    with pytest.raises(ConfigError, match=r"8 bits cannot .* \(auto: 49 of 80 GiB\): its blocks"):
+        refuse_sharding(auto, AdamW8bit.name, AdamW8bit.whole_only)
+    refuse_sharding(Strategy("ddp"), AdamW8bit.name, AdamW8bit.whole_only)
 
 
 def test_a_cpu_has_no_device_memory() -> None:

@@ -1,0 +1,29 @@
+"""What weights in few bits need, asked before anything is read."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from gemtune.errors import ConfigError
+
+NF4, INT8 = "nf4", "int8"
+_LIBRARIES = {NF4: ("bitsandbytes", "nf4"), INT8: ("torchao", "quant")}
+
+
+def require_library(kind: str) -> None:
+    """Raise ConfigError where the library of this kind is not installed. Imports nothing."""
+    library, extra = _LIBRARIES[kind]
+    if importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"adapter.quantization={kind} needs {library}, which is not installed: "
+            f"pip install 'gemtune[{extra}]'. Without it: adapter=lora."
+        )
+
+
+def unusable(kind: str, error: ImportError) -> ConfigError:
+    """For a library that is there, and is not what it should be."""
+    library, extra = _LIBRARIES[kind]
+    return ConfigError(
+        f"adapter.quantization={kind}: this {library} cannot be used: {error}. Install the one "
+        f"that was tried: pip install 'gemtune[{extra}]'. Without it: adapter=lora."
+    )
