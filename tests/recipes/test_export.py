@@ -101,7 +101,15 @@ def test_nothing_but_tensors_is_binary(finished_run: RunFolder) -> None:
     files = [p for p in finished_run.path.rglob("*") if p.is_file()]
     # DCP's index, and its pieces, are read by what can execute nothing: test_tensors.py.
     files = [p for p in files if p.name != ".metadata" and p.suffix != ".distcp"]
-    assert {p.suffix for p in files} == {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".html", ""}
+    assert {p.suffix for p in files} == {
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".safetensors",
+        ".jinja",
+        ".html",
+        "",
+    }
     for file in files:
         start = file.read_bytes()[:10]
         if file.suffix == ".safetensors":
