@@ -73,8 +73,16 @@ class RunConfig:
     tracker: TrackerConfig
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, every default included."""
-        return dataclasses.asdict(self)
+        """Plain values, every default included; `from_dict` makes the same configuration of them.
+
+        A section that is more than its declared class says so: LoRA and rsLoRA have the same keys.
+        """
+        values = dataclasses.asdict(self)
+        for name, declared in typing.get_type_hints(RunConfig).items():
+            kind = type(getattr(self, name))
+            if name != "patches" and kind is not declared:
+                values[name] = {_TARGET: f"{kind.__module__}.{kind.__qualname__}", **values[name]}
+        return values
 
 
 def typed(config: DictConfig) -> RunConfig:
@@ -107,6 +115,21 @@ def typed(config: DictConfig) -> RunConfig:
     run_config.model.resolve_dtype(frozen=type(run_config.adapter) is not Adapter)
     _check_combinations(run_config)
     return run_config
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `RunConfig.as_dict` made these values of.
+
+    Raises:
+        ConfigError: as `typed`; or an adapter of unknown kind, as gemtune once wrote it.
+    """
+    adapter = values.get("adapter")
+    if isinstance(adapter, Mapping) and adapter and _TARGET not in adapter:
+        raise ConfigError(
+            "The configuration has an adapter and does not say of which kind: an older gemtune "
+            "wrote it. Resume the run once with its command, which writes it anew, and then go on."
+        )
+    return typed(OmegaConf.create(dict(values), flags={"allow_objects": False}))
 
 
 def _section(key: str, declared: type, values: Any) -> Any:

@@ -10,9 +10,16 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from gemtune.adapters import Adapter, Lora
+from gemtune.adapters import Adapter, Dora, Lora, RsLora
 from gemtune.composition import explain, with_unchecked_keys
-from gemtune.config import RunConfig, describe_fields, find_recipe, save_yaml, typed
+from gemtune.config import (
+    RunConfig,
+    describe_fields,
+    find_recipe,
+    from_dict,
+    save_yaml,
+    typed,
+)
 from gemtune.errors import ConfigError
 from gemtune.patches.linear_cross_entropy import LinearCrossEntropy
 
@@ -163,3 +170,15 @@ def test_a_rate_of_a_frozen_part_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ConfigError, match=r"part_lrs\.vision .*model\.freeze=\[vision,ple\]"):
         typed(config_with(**sections))
     assert typed(config_with(optim={"part_lrs": {"vision": 1e-5}})).optim.part_lrs["vision"] == 1e-5
+
+
+@pytest.mark.parametrize("kind", [Adapter, Lora, RsLora, Dora])
+def test_plain_values_make_the_same_configuration_again(
+    kind: type[Adapter], tmp_path: Path
+) -> None:
+    """Also as YAML: LoRA and rsLoRA have the same keys, and another scale."""
+    config = typed(config_with(adapter={"_target_": f"gemtune.adapters.{kind.__name__}"}))
+    assert type(config.adapter) is kind
+    save_yaml(config.as_dict(), tmp_path / "config.yaml")
+    again = from_dict(yaml.safe_load((tmp_path / "config.yaml").read_text()))
+    assert again == config and type(again.adapter) is kind

@@ -150,3 +150,11 @@ def test_differences() -> None:
         ("x", 1, {}),
     ]
     assert list(differences(before, before)) == []
+
+
+def test_an_older_run_did_not_say_which_adapter_it_has() -> None:
+    lora = configured(Path("runs/a"), "adapter=lora").as_dict()
+    rslora = configured(Path("runs/a"), "adapter=rslora").as_dict()
+    assert [key for key, *_ in differences(lora, rslora)] == ["adapter._target_"]
+    older = lora | {"adapter": {k: v for k, v in lora["adapter"].items() if k != "_target_"}}
+    assert list(differences(older, lora)) == []
