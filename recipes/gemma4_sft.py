@@ -17,7 +17,6 @@ from gemtune.checkpoint import (
     Ranks,
     TrainState,
     base_identity,
-    export_model,
     first_undamaged,
     restore,
     software,
@@ -33,6 +32,7 @@ from gemtune.data import (
 )
 from gemtune.evaluation import Metrics, load_metrics, select_by
 from gemtune.exit_codes import DONE
+from gemtune.export import export_model, model_card
 from gemtune.guard import guarded
 from gemtune.loop import Session, evaluate, train
 from gemtune.memory import PeakTracker, resident_gib
@@ -367,6 +367,7 @@ def conclude(
             stages.processing.image_processor,
             runtime.run_dir / MODEL_FOLDER,
             stages.processing.processor_file,
+            card=model_card(config, runtime.run_dir, step=session.state.step),
         )
     runtime.wait_for_everyone()
     screen.panel(*closing_page(config, session, metrics, reporter.notice))

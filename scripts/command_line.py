@@ -27,6 +27,7 @@ def own_keys(prefix: str, kind: type[Own], arguments: Sequence[str]) -> tuple[Ow
     """The keys `prefix.NAME=VALUE` as a `kind`, and the arguments that are left.
 
     Args:
+        prefix: "" where the script has no other keys: they are `NAME=VALUE` then.
         kind: a dataclass with a default for each field.
 
     Raises:
@@ -35,17 +36,19 @@ def own_keys(prefix: str, kind: type[Own], arguments: Sequence[str]) -> tuple[Ow
     hints = typing.get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     values: dict[str, Any] = {}
+    start = f"{prefix}." if prefix else ""
     for argument in arguments:
-        if not argument.startswith(f"{prefix}."):
+        if not argument.startswith(start):
             continue
-        key, equals, value = argument.removeprefix(f"{prefix}.").partition("=")
+        key, equals, value = argument.removeprefix(start).partition("=")
         if key not in fields or not equals:
+            owner = f"the {prefix}" if prefix else "this script"
             raise ConfigError(
-                f"{argument} is not a key of the {prefix}.{did_you_mean(key, fields)} "
-                f"Keys: {', '.join(f'{prefix}.{name}' for name in fields)}."
+                f"{argument} is not a key of {owner}.{did_you_mean(key, fields)} "
+                f"Keys: {', '.join(f'{start}{name}' for name in fields)}."
             )
-        values[key] = _read(hints[key], value, argument, f"{prefix}.{key}")
-    return kind(**values), [a for a in arguments if not a.startswith(f"{prefix}.")]
+        values[key] = _read(hints[key], value, argument, f"{start}{key}")
+    return kind(**values), [a for a in arguments if not a.startswith(start)]
 
 
 def _read(hint: Any, text: str, argument: str, key: str) -> Any:

@@ -12,6 +12,7 @@ from sharded_runs import COMMON, Case, mostly_text, trains
 from whole_runs import SMALL, RunFolder, TrainRun, compose
 
 from gemtune import adapters
+from gemtune.export import ExportRequest, export_run
 from gemtune.models import load_model, load_processing
 
 pytestmark = pytest.mark.xdist_group("fsdp_runs")
@@ -162,3 +163,15 @@ def test_the_export_is_what_was_trained(name: str, runs: Path) -> None:
     assert len(exported) > 100
     for n, tensor in exported.items():
         assert torch.equal(tensor, values[n]), n
+
+
+@pytest.mark.parametrize("name", ["full on 2", "lora"])
+def test_a_sharded_checkpoint_is_exported(runs: Path, tmp_path: Path, name: str) -> None:
+    """By one process; the run itself gathered its shards for the same."""
+    run = runs / name / "run"
+    request = ExportRequest(run=str(run), to=str(tmp_path / "out"), dtype="float32", verify=False)
+    written = load_file(str(export_run(request) / "model.safetensors"))
+    expected = load_file(str(run / "model" / "model.safetensors"))
+    assert written.keys() == expected.keys()
+    for key, value in written.items():
+        torch.testing.assert_close(value, expected[key].float(), rtol=1e-6, atol=1e-7)

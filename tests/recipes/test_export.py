@@ -107,6 +107,7 @@ def test_nothing_but_tensors_is_binary(finished_run: RunFolder) -> None:
         ".yaml",
         ".safetensors",
         ".jinja",
+        ".md",
         ".html",
         "",
     }

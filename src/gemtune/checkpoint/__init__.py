@@ -1,11 +1,15 @@
-"""Checkpoints of a run, and the model folder at its end."""
+"""Checkpoints of a run."""
 
 from gemtune.checkpoint.config import CheckpointConfig
-from gemtune.checkpoint.export import export_model
 from gemtune.checkpoint.folder import CheckpointFolder, resume_candidates
 from gemtune.checkpoint.identity import base_identity, software
 from gemtune.checkpoint.ranks import Ranks
-from gemtune.checkpoint.reader import first_undamaged, restore, restore_parameters
+from gemtune.checkpoint.reader import (
+    first_undamaged,
+    load_parameters,
+    restore,
+    restore_parameters,
+)
 from gemtune.checkpoint.state import TrainState
 from gemtune.checkpoint.writer import CheckpointWriter
 
@@ -16,8 +20,8 @@ __all__ = [
     "Ranks",
     "TrainState",
     "base_identity",
-    "export_model",
     "first_undamaged",
+    "load_parameters",
     "restore",
     "restore_parameters",
     "resume_candidates",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gemtune.checkpoint.folder import CheckpointFolder
+from gemtune.checkpoint.identity import base_identity
 from gemtune.checkpoint.manifest import problems_of, read_manifest, shares, verified_content
 from gemtune.checkpoint.ranks import Ranks
 from gemtune.checkpoint.rng import set_rng_state
@@ -133,6 +134,25 @@ def restore_parameters(ranks: Ranks, checkpoint: Path, model: nn.Module) -> list
     return []
 
 
+@torch.no_grad()
+def load_parameters(checkpoint: Path, model: nn.Module) -> dict[str, Any]:
+    """Put what was trained into `model`, which is whole in this process, and return `state.json`.
+
+    Raises:
+        CheckpointError: damaged, written by a model with other trainable parameters, or trained on
+            another base. The caller has checked the hashes of its files.
+    """
+    document = read_document(checkpoint)
+    _check_base(checkpoint, document.get("base"), base_identity(model))
+    index = read_index(checkpoint).state_dict_metadata
+    prefix = f"{MODEL}|"
+    there = {k.removeprefix(prefix): v for k, v in index.items() if k.startswith(prefix)}
+    trainable = _trainable(model)
+    _check_fit(checkpoint, there, trainable)
+    load_tensors(checkpoint, {f"{prefix}{n}": p.detach() for n, p in trainable.items()}, None)
+    return document
+
+
 def _destinations(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
@@ -180,8 +200,8 @@ def _check_base(
     what = "configuration" if there["config"] != here["config"] else "frozen weights"
     raise CheckpointError(
         f"{checkpoint} was trained on another base: the {what} of the model that was loaded now "
-        "differ from those it was trained on. Give that model (model.path, model.revision), or "
-        "start anew with run.resume=never."
+        "differ from those it was trained on. Give that model (model.path, model.revision; "
+        "base=PATH to export), or start anew with run.resume=never."
     )
 
 

@@ -18,10 +18,11 @@ import torch
 from sealed import files_below
 from small_training import CONFIG, OneOfMany, build, read, train, write, writer_for
 
-from gemtune.checkpoint import CheckpointFolder, export_model
+from gemtune.checkpoint import CheckpointFolder
 from gemtune.checkpoint import writer as writer_module
 from gemtune.checkpoint.tensors import read_tensors
 from gemtune.errors import CheckpointError
+from gemtune.export import export_model
 
 
 def test_holds_trainable_parameters_only(saved: Path) -> None:
@@ -234,7 +235,7 @@ class Saves:
     def parameters(self) -> list[torch.Tensor]:
         return [torch.zeros(1000)]
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, **_: object) -> None:
         (folder / self.name).write_text(self.text)
 
 
