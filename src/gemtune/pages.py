@@ -113,6 +113,8 @@ def closing_page(
     here = relative(session.runtime.run_dir)
     rows += [
         ("model", f"{here}/model (loads in stock transformers)", ""),
+        ("", f"python scripts/generate.py model={here}/model", ""),
+        ("", f"python scripts/export.py run={here} to=exports/{config.run.folder.name}", ""),
         ("report", f"{here}/{REPORT_FILE} (curves, memory, data, samples; any browser)", ""),
         ("metrics", f"{here}/metrics.jsonl", ""),
         ("answers", f"{here}/answers.jsonl", ""),
