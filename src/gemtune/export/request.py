@@ -80,6 +80,11 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda text:
     config = from_dict(document["config"])
     if request.base:
         config.model.path = request.base
+    if getattr(config.adapter, "quantization", None):
+        raise ConfigError(
+            "A checkpoint of adapter=qlora cannot be exported yet: its base is in 4 or 8 bits. The "
+            f"run's own merged model is in {checkpoint.parents[1]}/model."
+        )
     if request.kind == "adapter":
         require_adapter_alone(config)
     if request.push:
