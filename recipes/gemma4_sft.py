@@ -355,7 +355,7 @@ def conclude(
     metrics = evaluate(session)
     metrics |= score_answers(config, stages, session, reporter, on_screen=True)
     reporter.figures(metrics)
-    put_back_best(config, ranks, checkpoint_folder(config), session, metrics, screen)
+    step = put_back_best(config, ranks, checkpoint_folder(config), session, metrics, screen)
     if runtime.is_sharded:
         model = rebuild_around(session.model, config, stages.processing)
     else:
@@ -367,7 +367,7 @@ def conclude(
             stages.processing.image_processor,
             runtime.run_dir / MODEL_FOLDER,
             stages.processing.processor_file,
-            card=model_card(config, runtime.run_dir, step=session.state.step),
+            card=model_card(config, runtime.run_dir, step=step),
         )
     runtime.wait_for_everyone()
     screen.panel(*closing_page(config, session, metrics, reporter.notice))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemtune.checkpoint import CheckpointFolder, Ranks, restore_parameters
-from gemtune.checkpoint.folder import evaluation_of
+from gemtune.checkpoint.folder import evaluation_of, step_of
 from gemtune.config import RunConfig
 from gemtune.console import Screen
 from gemtune.data import ChatDataset
@@ -74,11 +74,12 @@ def put_back_best(
     session: Session,
     metrics: dict[str, float],
     screen: Screen,
-) -> None:
+) -> int:
     """`eval.export_best`: give the model the weights of the best checkpoint, unless those that it
-    has are as good by the figures of their evaluation."""
+    has are as good by the figures of their evaluation. Returns the step of those that it has."""
+    last_step = session.state.step
     if not config.eval.export_best:
-        return
+        return last_step
     key, mode = config.eval.best_metric, config.eval.mode
     last = metrics.get(key)
 
@@ -89,13 +90,14 @@ def put_back_best(
 
     if (found := ranks.on_main(better)) is None:
         screen.say(f"exporting the last weights: no checkpoint is better by {key}")
-        return
+        return last_step
     checkpoint, value = found
     model = session.runtime.unwrap(session.model)
     if problems := restore_parameters(ranks, checkpoint, model):
         screen.say(f"exporting the last weights: {checkpoint} is damaged: {problems[0]}")
-        return
+        return last_step
     screen.say(
         f"exporting the weights of {checkpoint.name}, the best checkpoint: {key} {value:.4f}. "
         "Figures and answers are of the last weights."
     )
+    return step_of(checkpoint)

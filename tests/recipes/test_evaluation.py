@@ -243,6 +243,7 @@ def test_the_best_weights_are_exported(
     norm = "model.language_model.norm.weight"
     assert torch.equal(exported[norm], chosen[f"model|{norm}"])
     assert not torch.equal(exported[norm], other[f"model|{norm}"])
+    assert f" after {best} steps of " in (run.path / "model" / "README.md").read_text()
 
 
 def test_a_metric_that_fails_is_refused_before_anything(

@@ -185,3 +185,8 @@ def _delete(folder: Path) -> None:
     doomed = folder.with_name(f"{_DELETED}{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a committed checkpoint is named for."""
+    return int(checkpoint.name.removeprefix("step_"))
