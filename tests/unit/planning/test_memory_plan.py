@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gemma4_zoo import model_folder
 from whole_runs import compose
 
 from gemtune import adapters, patches
@@ -75,6 +77,18 @@ def test_the_plan_of_a_step_is_the_step(name: str) -> None:
         assert planned.peaks[phase].total_bytes == peak.total_bytes, phase
         assert planned.peaks[phase].by_kind == peak.by_kind, phase
     assert planned.parameters_bytes == found.parameters_bytes
+
+
+@pytest.mark.parametrize("recipe", ["gemma4_sft", "gemma4_lora"])
+def test_the_plan_of_experts_is_their_step(tmp_path: Path, recipe: str) -> None:
+    """In float32 and in bfloat16, which LoRA chooses for its base."""
+    folder = model_folder("26b_a4b", tmp_path)
+    keys = (f"recipe={recipe}", "model.weights=random", f"model.path={folder}", *SMALL)
+    config = compose(*keys, "model.dtype=auto")
+    planned, found = plan_memory(config, PlanConfig()).step, really(config, PlanConfig())
+    for phase, peak in found.peaks.items():
+        assert planned.peaks[phase].total_bytes == peak.total_bytes, phase
+        assert planned.peaks[phase].by_kind == peak.by_kind, phase
 
 
 def test_adam_holds_two_values_for_each_parameter() -> None:
