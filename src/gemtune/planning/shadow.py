@@ -72,8 +72,8 @@ class Shadow(StorageFollower):
 
 
 def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Of experts. The operator takes every dtype, what it says of shapes (torch 2.13) bfloat16 only;
-    nothing that is made in here counts."""
+    """Of experts. The operator takes every dtype; its rule for shapes (torch 2.13) bfloat16 alone.
+    Nothing that is made in here counts."""
     dtype = args[0].dtype
     matrices = (matrix.to(torch.bfloat16) for matrix in args[:2])
     return func(*matrices, *args[2:], **kwargs).to(dtype)
