@@ -27,6 +27,8 @@ SUITES = (
     "data_preparation",
     "default_run",
     "memory_plan",
+    "plan_times",
+    "step_records",
 )
 
 

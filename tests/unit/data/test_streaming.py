@@ -1,6 +1,8 @@
 """Rows that are checked at their turn: the same ones at the same places, bad ones replaced."""
 
+import gc
 import json
+import os
 
 import pytest
 
@@ -85,6 +87,33 @@ def test_workers_write_what_they_leave_out(run, chat, write_jsonl, tmp_path):
     stream = BatchStream(dataset, 0, 4, 4, 0, 1, num_workers=1)
     assert len(list(stream(0, 2))) == 2
     assert len(dataset.journal.read_text().splitlines()) == 1
+
+
+def test_workers_end_nothing_of_the_training_process(run, chat, write_jsonl, tmp_path, monkeypatch):
+    """A frame of a video that was garbage there made a worker wait for threads it did not have."""
+
+    class Held:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            (tmp_path / f"ended {os.getpid()}").touch()
+
+    original = StreamedDataset.__getitem__
+
+    def getitem(self, i):
+        gc.collect()
+        return original(self, i)
+
+    dataset, _ = run(path=write_jsonl(rows(chat, 4)))
+    monkeypatch.setattr(StreamedDataset, "__getitem__", getitem)
+    gc.disable()
+    try:
+        Held()
+        assert len(list(BatchStream(dataset, 0, 4, 4, 0, 1, num_workers=1)(0, 1))) == 1
+    finally:
+        gc.enable()
+    assert [p.name for p in tmp_path.glob("ended *")] == [f"ended {os.getpid()}"]
 
 
 def test_bad_rows_alone_end_the_run(run, write_jsonl):

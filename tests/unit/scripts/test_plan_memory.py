@@ -88,15 +88,16 @@ def test_where_nothing_fits_it_says_what_was_tried() -> None:
 
 
 def test_what_fits_can_be_typed() -> None:
+    # 18.9 MB for stock transformers, 18.5 MB with the patches; 1 GiB is reserved.
     fixed = ("model.gradient_checkpointing=true", "loop.micro_batch_size=1", "model.freeze=[ple]")
-    stock = plan_memory("data.max_length=64", *fixed, "patches=[]", "plan.device_memory_gib=1.02")
+    stock = plan_memory("data.max_length=64", *fixed, "patches=[]", "plan.device_memory_gib=1.0174")
     assert stock.returncode == 0, stock.stdout
     assert "more patches: vision_position_lookup, " in stock.stdout
     [line] = [each for each in stock.stdout.splitlines() if each.startswith("fits with: ")]
     overrides = shlex.split(line.removeprefix("fits with: "))
     assert overrides[0].startswith("patches=[vision_position_lookup,vision_pooler,")
-    again = plan_memory("data.max_length=64", *fixed, *overrides, "plan.device_memory_gib=1.02")
-    assert again.returncode == 0 and "\nfits into 1.02 GiB" in again.stdout
+    again = plan_memory("data.max_length=64", *fixed, *overrides, "plan.device_memory_gib=1.0174")
+    assert again.returncode == 0 and "\nfits into 1.0174 GiB" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def test_every_combination_is_a_trial_of_its_own(sweep: Any, tmp_path: Path) -> 
 
 def test_groups_and_lists(sweep: Any, tmp_path: Path) -> None:
     arguments = [f"run.dir={tmp_path}", "tracker=none"]
-    trials = sweep.plan([*arguments, "schedule=choice(cosine,linear)", "adapter=glob(*)"])
-    assert len(trials) == 4 and len(set(names(trials))) == 4
+    trials = sweep.plan([*arguments, "schedule=glob(*)", "adapter=choice(none,lora)"])
+    assert len(trials) == 6 and len(set(names(trials))) == 6
     configs = [compose(*trial.overrides) for trial in trials]
     kinds = {(config.schedule.name, type(config.adapter).__name__) for config in configs}
-    assert kinds == {(s, a) for s in ("cosine", "linear") for a in ("Adapter", "Lora")}
+    assert kinds == {(s, a) for s in ("constant", "cosine", "linear") for a in ("Adapter", "Lora")}
     lists = sweep.plan([*arguments, "patches=[],[rms_norm]"])
     assert [list(compose(*trial.overrides).patches) for trial in lists] == [[], ["rms_norm"]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from gemtune.data.batching.packing import PackedOrder
 from gemtune.data.dataset import ChatDataset
 from gemtune.data.streaming import StreamedDataset
 from gemtune.errors import ConfigError, DataError
+from gemtune.forks import garbage_stays_here
 from gemtune.signals import leave_to_parent
 
 
@@ -100,7 +102,9 @@ class BatchStream:
             # random numbers are the same with and without workers.
             generator=torch.Generator(),
         )
-        return _raising(iter(loader))
+        with garbage_stays_here() if self.num_workers else nullcontext():
+            steps = iter(loader)  # starts the processes
+        return _raising(steps)
 
     def rows_of(self, step: int) -> list[list[int]] | list[list[tuple[int, ...]]]:
         """This rank's micro-batches at a step (from 0): rows of the data set, or packed ones."""

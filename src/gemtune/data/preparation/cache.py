@@ -30,6 +30,7 @@ from gemtune.data.preparation.rows import (
 from gemtune.data.rendering.chat import ChatEncoder
 from gemtune.data.sources.source import Source
 from gemtune.errors import DataError
+from gemtune.forks import garbage_stays_here
 from gemtune.signals import leave_to_parent
 
 ROWS_PER_FILE = 2000
@@ -200,13 +201,13 @@ class _Work:
             yield from map(self.write, range(len(self._files)))
             return
         _Work.current = self  # what forked processes find
-        gc.freeze()  # or each would copy what it only looks at
         context = multiprocessing.get_context("fork")
         pool = concurrent.futures.ProcessPoolExecutor(
             num_processes, mp_context=context, initializer=_begin_process, initargs=(os.getpid(),)
         )
         try:
-            yield from pool.map(_write, range(len(self._files)))
+            with garbage_stays_here():  # processes start as they are needed
+                yield from pool.map(_write, range(len(self._files)))
         except concurrent.futures.process.BrokenProcessPool as error:
             raise DataError(
                 "A process that prepares data was killed, most likely because memory ran out. Use "
@@ -215,7 +216,6 @@ class _Work:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            gc.unfreeze()
             _Work.current = None
 
 
