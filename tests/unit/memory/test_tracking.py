@@ -83,6 +83,7 @@ def test_without_the_kernel_interface_it_says_unavailable(
 ) -> None:
     with pytest.raises(OSError):
         _ResidentMeter(tmp_path / "no_proc")
+    (tmp_path / "clear_refs").touch()
     (tmp_path / "status").write_text("Name: x\n")
     with pytest.raises(OSError, match="no VmHWM"):
         _ResidentMeter(tmp_path)
