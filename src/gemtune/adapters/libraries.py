@@ -10,10 +10,15 @@ NF4, INT8 = "nf4", "int8"
 _LIBRARIES = {NF4: ("bitsandbytes", "nf4"), INT8: ("torchao", "quant")}
 
 
+def is_installed(kind: str) -> bool:
+    """Whether the library of this kind is there. Imports nothing."""
+    return importlib.util.find_spec(_LIBRARIES[kind][0]) is not None
+
+
 def require_library(kind: str) -> None:
     """Raise ConfigError where the library of this kind is not installed. Imports nothing."""
     library, extra = _LIBRARIES[kind]
-    if importlib.util.find_spec(library) is None:
+    if not is_installed(kind):
         raise ConfigError(
             f"adapter.quantization={kind} needs {library}, which is not installed: "
             f"pip install 'gemtune[{extra}]'. Without it: adapter=lora."

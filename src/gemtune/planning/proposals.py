@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gemtune import patches
-from gemtune.adapters import Adapter
+from gemtune.adapters import Adapter, Lora
+from gemtune.adapters.libraries import INT8, NF4, is_installed
 from gemtune.config import RunConfig
 from gemtune.models import PARTS
+from gemtune.optim import AdamW
 from gemtune.parallel import FSDP2
 from gemtune.planning.memory_plan import MemoryPlan
 
@@ -102,6 +104,12 @@ def _changes(config: RunConfig, may_shard: bool) -> Iterator[_Change]:
         yield _set(f"loop.micro_batch_size={size}", "the same gradients, in more, smaller passes")
     if config.parallel.mixed_precision == "no":
         yield _set("parallel.mixed_precision=bf16", "activations and matmuls in bfloat16")
+    # Neither 8-bit moments nor 4-bit weights can be sharded.
+    is_whole = config.parallel.strategy != FSDP2
+    if type(config.optim) is AdamW and is_whole and is_installed(INT8):
+        yield _set("optim=adamw_8bit", "moments of AdamW rounded to 8 bits")
+    if type(config.adapter) is Lora and is_whole and is_installed(NF4):
+        yield _set("adapter=qlora", "weights of the language layers rounded to 4 bits")
     if type(config.adapter) is not Adapter:
         return
     others = [part for part in PARTS if part != "language" and part not in config.model.freeze]

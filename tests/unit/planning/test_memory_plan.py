@@ -18,7 +18,7 @@ from gemtune.losses import budgets
 from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import base_model, load_model, load_processing
 from gemtune.patches.host_memory import host_parameters
-from gemtune.planning import MemoryPlan, PlanConfig, plan_memory
+from gemtune.planning import MemoryPlan, PlanConfig, plan_memory, proposals
 from gemtune.planning.memory_plan import as_on_gpu, largest_inputs, processing_for_plan
 from gemtune.planning.proposals import fits, propose
 from gemtune.planning.shadow import Shadow
@@ -201,6 +201,22 @@ def test_what_cannot_be_planned_is_refused() -> None:
         plan_memory(compose("data.max_length=128"), PlanConfig(images_per_row=9))
     with pytest.raises(ConfigError, match="learned_fraction=0 must be in"):
         PlanConfig(learned_fraction=0)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_fewer_bits_are_proposed_where_their_library_is(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(proposals, "is_installed", lambda kind: installed)
+
+    def proposed(*arguments: str) -> set[str]:
+        changes = {change.override for change in proposals._changes(compose(*arguments), False)}
+        return changes & {"optim=adamw_8bit", "adapter=qlora"}
+
+    assert proposed() == ({"optim=adamw_8bit"} if installed else set())
+    both = {"optim=adamw_8bit", "adapter=qlora"}
+    assert proposed("adapter=lora") == (both if installed else set())
+    assert proposed("adapter=lora", "parallel=fsdp2") == set()
 
 
 def test_changes_are_planned_until_the_run_fits() -> None:
