@@ -17,6 +17,8 @@ import gemma4_zoo
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
@@ -27,6 +29,8 @@ BOUND = 1e-4
 CHOSEN = slice(40, None, 97)
 """Of the vocabulary; a fixture of all of it would be large."""
 CLIPPED_AT = 2.5
+IS_WRONG = Version("5.9") <= Version(transformers.__version__) < Version("5.13")
+"""These releases let full attention see the images of a 26B or 31B in both directions."""
 
 
 def exported(family: str) -> dict[str, Any]:
@@ -88,7 +92,9 @@ def test_this_release_reads_the_same_logits_out_of_it(family: str, tmp_path: Pat
         expected = torch.tensor(recorded[name])
         assert expected.std() > 0.1  # a model that says something
         difference = (logits - expected).abs().max() / expected.std()
-        assert difference <= BOUND, name
+        # A defect of theirs, which training refuses: see gemtune.models. This is to know its end.
+        is_other = IS_WRONG and (family, name) == ("26b_a4b", "image")
+        assert (difference > 0.1) if is_other else (difference <= BOUND), name
 
 
 def record(parent: Path) -> None:

@@ -7,10 +7,12 @@ import copy
 import importlib.resources
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
 
@@ -21,6 +23,8 @@ from gemtune.options import option, require_choice, require_range
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUNDLED = "bundled:"
+_IMAGES_BOTH_WAYS_IN_ALL_LAYERS = (Version("5.9"), Version("5.13"))
+"""Releases of transformers, from the first to before the second."""
 
 
 @dataclass
@@ -195,7 +199,21 @@ def _read_model_config(source: str, hub: dict[str, str]) -> Any:
             f"{source} is a '{model_config.model_type}' model, not a Gemma 4 (model_type gemma4)."
             f"{hint} Choose model=e2b, e4b, 26b_a4b or 31b, or give a Gemma 4 with model.path=."
         )
+    _refuse_wrong_masks(model_config)
     return model_config
+
+
+def _refuse_wrong_masks(model_config: Any) -> None:
+    """The 26B and 31B see an image in both directions in layers of sliding attention only."""
+    first, fixed = _IMAGES_BOTH_WAYS_IN_ALL_LAYERS
+    text, installed = model_config.get_text_config(), version("transformers")
+    in_both = getattr(text, "use_bidirectional_attention", None) == "vision"
+    if in_both and first <= Version(installed) < fixed:
+        raise ModelError(
+            f"transformers {installed} lets this model's layers of full attention see images in "
+            "both directions. It was not made for that, and no later release does it: what is "
+            f"learned here would not fit there. Install transformers {fixed} or newer."
+        )
 
 
 def _processor_file(source: str, hub: dict[str, str]) -> Path | None:

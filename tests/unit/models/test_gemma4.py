@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from gemma4_zoo import model_folder
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4ForConditionalGeneration
 
@@ -121,6 +123,33 @@ def test_another_architecture_is_refused_by_name(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match="is a 'llama' model, not a Gemma 4"):
         load_processing(ModelConfig(path=str(checkpoint)))
+
+
+@pytest.mark.parametrize(
+    ("release", "family", "is_refused"),
+    [
+        ("5.9.0", "31b", True),
+        ("5.12.1", "26b_a4b", True),
+        ("5.9.0", "e4b", False),
+        ("5.8.1", "31b", False),
+        ("5.13.0", "31b", False),
+    ],
+)
+def test_releases_with_other_masks_for_images_are_refused(
+    release: str,
+    family: str,
+    is_refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = ModelConfig(path=model_folder(family, tmp_path), weights="random")
+    monkeypatch.setattr("gemtune.models.gemma4.version", lambda _: release)
+    with (
+        pytest.raises(ModelError, match=r"Install transformers 5\.13")
+        if is_refused
+        else nullcontext()
+    ):
+        load_processing(config)
 
 
 def test_a_base_model_without_chat_template_is_refused(checkpoint: Path) -> None:
