@@ -42,6 +42,7 @@ from gemtune.models import (
     base_model,
     encode_images_in_forward,
     load_processing,
+    put_back_audio_tower,
     trained_modalities,
 )
 from gemtune.pages import closing_page, first_loss_lines, start_page
@@ -361,8 +362,9 @@ def conclude(
     else:
         model = runtime.release(session.model) if runtime.is_main else None
     if model is not None:
+        seed = config.run.seed
         export_model(
-            adapters.merge(model),
+            put_back_audio_tower(adapters.merge(model), config.model, stages.processing, seed),
             stages.processing.tokenizer,
             stages.processing.image_processor,
             runtime.run_dir / MODEL_FOLDER,

@@ -219,6 +219,8 @@ def _check_combinations(config: RunConfig) -> None:
             "optim=muon under an adapter has no matrix to step: factors of adapters are stepped by "
             "AdamW. Use optim=adamw, or train matrices in full: adapter.also_train=[projector]."
         )
+    if not config.model.audio_tower:
+        _refuse_uses_of_audio(config)
     for part in config.optim.part_lrs:
         if part in config.model.freeze and type(config.adapter) is Adapter:
             frozen = ",".join(config.model.freeze)
@@ -226,6 +228,18 @@ def _check_combinations(config: RunConfig) -> None:
                 f"optim.part_lrs.{part} is the rate of a part that model.freeze=[{frozen}] takes "
                 "out of training. Leave out one of the two."
             )
+
+
+def _refuse_uses_of_audio(config: RunConfig) -> None:
+    """model.freeze may name the part: what is not there is not trained either."""
+    parts = config.adapter.parts if isinstance(config.adapter, Lora) else []
+    uses = [f"adapter.parts=[{','.join(parts)}]"] * ("audio" in parts)
+    uses += [f"optim.part_lrs.{k}={v:g}" for k, v in config.optim.part_lrs.items() if k == "audio"]
+    if uses:
+        raise ConfigError(
+            f"{uses[0]} trains the audio tower, which model.audio_tower=false leaves out. Load it "
+            "with model.audio_tower=true, or take 'audio' away there."
+        )
 
 
 def find_recipe(config: RunConfig) -> Callable[[RunConfig], int]:

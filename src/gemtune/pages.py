@@ -12,7 +12,7 @@ from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
 from gemtune.loop import Session
-from gemtune.models import Processing, part_parameters
+from gemtune.models import Processing, leaves_out_audio, part_parameters
 from gemtune.patches import PatchReport
 from gemtune.preview import media_counts
 from gemtune.run_files import REPORT_FILE
@@ -43,6 +43,7 @@ def start_page(
         ("model", f"{config.model.name}, {_source(config, built.processing)}", ""),
         ("", f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})", ""),
         ("", _by_part(parts), ""),
+        *_audio_rows(config, built.processing),
         *_adapter_rows(config, built.model),
         *_dtype_warning(config),
         *_data_rows(config, built),
@@ -145,6 +146,12 @@ def _by_part(parts: dict[str, tuple[int, int]]) -> str:
         f"{part} {total:,}{'' if trainable else ' (frozen)'}"
         for part, (total, trainable) in parts.items()
     )
+
+
+def _audio_rows(config: RunConfig, processing: Processing) -> Iterator[Row]:
+    if leaves_out_audio(config.model, processing):
+        text = "without its audio tower (model.audio_tower=false), which exports have again"
+        yield ("", text, "")
 
 
 def _dtype_warning(config: RunConfig) -> Iterator[Row]:

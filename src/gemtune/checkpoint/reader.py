@@ -200,8 +200,8 @@ def _check_base(
     what = "configuration" if there["config"] != here["config"] else "frozen weights"
     raise CheckpointError(
         f"{checkpoint} was trained on another base: the {what} of the model that was loaded now "
-        "differ from those it was trained on. Give that model (model.path, model.revision; "
-        "base=PATH to export), or start anew with run.resume=never."
+        "differ from those it was trained on. Give that model (model.path, model.revision, "
+        "model.audio_tower; base=PATH to export), or start anew with run.resume=never."
     )
 
 

@@ -29,7 +29,7 @@ from gemtune.export.verification import (
     require_same,
     verify_export,
 )
-from gemtune.models import Processing, load_model, load_processing
+from gemtune.models import Processing, load_model, load_processing, put_back_audio_tower
 from gemtune.options import option, require_choice, require_range
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -137,6 +137,9 @@ class _Export:
         plain = model if is_adapter else adapters.merge(model)
         if probe is not None and trained is not None and not is_adapter:
             require_same(probe, probe.logits(plain), trained, "those before the adapter was merged")
+        if not is_adapter:
+            seed = self.config.run.seed
+            put_back_audio_tower(plain, self.config.model, self.processing, seed).float()
         written = adapter_parameters(plain) if is_adapter else list(_persistent(plain))
         _cast(written, dtype)
 

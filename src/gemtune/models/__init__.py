@@ -1,6 +1,14 @@
 """Gemma 4: reading a checkpoint, or building a model from a seed; naming its parts."""
 
-from gemtune.models.gemma4 import ModelConfig, Processing, load_model, load_processing
+from gemtune.models.audio_tower import has_audio_tower
+from gemtune.models.gemma4 import (
+    ModelConfig,
+    Processing,
+    leaves_out_audio,
+    load_model,
+    load_processing,
+    put_back_audio_tower,
+)
 from gemtune.models.neftune import EmbeddingNoise
 from gemtune.models.parts import (
     PARTS,
@@ -21,9 +29,12 @@ __all__ = [
     "base_model",
     "encode_images_in_forward",
     "freeze",
+    "has_audio_tower",
+    "leaves_out_audio",
     "load_model",
     "load_processing",
     "part_of",
     "part_parameters",
+    "put_back_audio_tower",
     "trained_modalities",
 ]

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import importlib.resources
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gemtune.errors import ConfigError, ModelError
+from gemtune.models.audio_tower import (
+    audio_files,
+    has_audio_tower,
+    leave_out_audio,
+    put_back_audio,
+    read_audio,
+    unread_audio,
+    without_audio,
+)
 from gemtune.models.media import other_media
 from gemtune.models.parts import PARTS, freeze
 from gemtune.options import option, require_choice, require_range
@@ -42,6 +51,11 @@ class ModelConfig:
     attention: str = option("sdpa", "sdpa or eager (the audio tower is always eager)")
     gradient_checkpointing: bool = option(
         False, "recompute each layer in backward (non-reentrant): less memory, about 1/3 more time"
+    )
+    audio_tower: bool = option(
+        True,
+        "false: E2B's and E4B's audio tower with its projector is not loaded, 0.6 GiB in bfloat16; "
+        "no row may have audio, and exports have the tower again, as the base has it",
     )
     freeze: list[str] = option([], f"parts that are not trained, of {', '.join(PARTS)}")
     neftune_alpha: float | None = option(
@@ -108,7 +122,10 @@ def load_processing(config: ModelConfig) -> Processing:
             "checkpoint (its name ends in -it), or copy its chat_template.jinja there."
         )
     processor_file = _processor_file(source, hub)
-    others = _read(source, lambda: other_media(tokenizer, model_config, processor_file))
+    others = _read(
+        source,
+        lambda: other_media(tokenizer, model_config, processor_file, hears=config.audio_tower),
+    )
     return Processing(tokenizer, image_processor, model_config, source, hub, processor_file, others)
 
 
@@ -135,6 +152,39 @@ def load_model(
     return model.train()
 
 
+def leaves_out_audio(config: ModelConfig, processing: Processing) -> bool:
+    """Whether the checkpoint has an audio tower that the model is built without."""
+    return not config.audio_tower and has_audio_tower(processing.model_config)
+
+
+def put_back_audio_tower(
+    model: nn.Module, config: ModelConfig, processing: Processing, seed: int
+) -> nn.Module:
+    """The model of `load_model` with the audio tower that it was built without, if it was.
+
+    Tower and projector have the weights that they would have had from the start: the checkpoint's
+    in `config.dtype`, of random ones those of the seed. They are on the CPU and for exports: no
+    patch knows of them.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    if not leaves_out_audio(config, processing):
+        return model
+    if config.weights == "random":
+        donor = _build(replace(config, audio_tower=True), processing, seed)
+        modules, audio_config = dict(donor.model.named_children()), donor.config.audio_config
+    else:
+        source, model_config = processing.source, processing.model_config
+        hub, dtype = processing.hub_options, _DTYPES[config.dtype]
+        modules = _read(source, lambda: read_audio(source, hub, model_config, dtype))
+        audio_config = copy.deepcopy(model_config.audio_config)
+        # transformers notes it in every part of what it reads.
+        audio_config.dtype = model.config.text_config.dtype
+    put_back_audio(model, modules, audio_config)
+    return model
+
+
 def _skeleton(config: ModelConfig, processing: Processing) -> nn.Module:
     """A model of the configuration, on torch's default device."""
     from transformers import Gemma4ForConditionalGeneration, GenerationConfig
@@ -142,6 +192,8 @@ def _skeleton(config: ModelConfig, processing: Processing) -> nn.Module:
     model_config = copy.deepcopy(processing.model_config)
     model_config._attn_implementation = _attention(config)
     model = Gemma4ForConditionalGeneration(model_config)
+    if leaves_out_audio(config, processing):
+        leave_out_audio(model)  # and not before: a seed gives the rest the same weights
     with contextlib.suppress(OSError):  # a checkpoint without one has the settings of its config
         model.generation_config = GenerationConfig.from_pretrained(
             processing.source, **processing.hub_options
@@ -160,21 +212,27 @@ def _attention(config: ModelConfig) -> dict[str, str]:
 def _build(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
     from transformers import Gemma4ForConditionalGeneration
 
-    source, hub = processing.source, processing.hub_options
+    source, hub, model_config = processing.source, processing.hub_options, processing.model_config
     if config.weights == "random":
         torch.manual_seed(seed)
         return _skeleton(config, processing)
-    model, found = _read(
-        source,
-        lambda: Gemma4ForConditionalGeneration.from_pretrained(
+    unread: Any = contextlib.nullcontext()
+    if leaves_out_audio(config, processing):
+        # Now, and not when the training is done: whether an export can have it again.
+        _read(source, lambda: audio_files(source, hub, processing.model_config))
+        unread, model_config = unread_audio(), without_audio(model_config)
+    with unread:
+        model, found = _read(
             source,
-            config=processing.model_config,
-            dtype=_DTYPES[config.dtype],
-            attn_implementation=_attention(config),
-            output_loading_info=True,
-            **hub,
-        ),
-    )
+            lambda: Gemma4ForConditionalGeneration.from_pretrained(
+                source,
+                config=model_config,
+                dtype=_DTYPES[config.dtype],
+                attn_implementation=_attention(config),
+                output_loading_info=True,
+                **hub,
+            ),
+        )
     if found["missing_keys"]:
         # transformers would go on with random values in their place.
         missing = sorted(found["missing_keys"])

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gemtune.models.audio_tower import has_audio_tower
+
 VIDEO_TOKEN = "<|video|>"
 _VIDEO_DEFAULTS = {"max_soft_tokens": 70, "num_frames": 32}
 _FRAME_OPTIONS = (
@@ -14,8 +16,10 @@ _FRAME_OPTIONS = (
 )
 
 
-def other_media(tokenizer: Any, model_config: Any, processor_file: Path | None) -> dict[str, Any]:
-    """The arguments of `gemtune.data.OtherMedia` for a checkpoint.
+def other_media(
+    tokenizer: Any, model_config: Any, processor_file: Path | None, *, hears: bool = True
+) -> dict[str, Any]:
+    """The arguments of `gemtune.data.OtherMedia` for a checkpoint; `hears`: with its audio tower.
 
     The feature extractor is transformers' own. Its video processor needs torchvision: the frames go
     through the image processor of Pillow instead, with the settings of the video processor.
@@ -30,7 +34,7 @@ def other_media(tokenizer: Any, model_config: Any, processor_file: Path | None) 
     else:
         options = _VIDEO_DEFAULTS | stored.get("video_processor", {})
         found |= {"frames": _frame_processor(options), "num_frames": options["num_frames"]}
-    if why := _why_no_audio(tokenizer, model_config, stored):
+    if why := _why_no_audio(tokenizer, model_config, stored, hears):
         refusals["audio"] = why
     else:
         found["extractor"] = _feature_extractor(stored["feature_extractor"])
@@ -60,12 +64,16 @@ def _why_no_video(tokenizer: Any, model_config: Any) -> str | None:
     return None
 
 
-def _why_no_audio(tokenizer: Any, model_config: Any, stored: dict[str, Any]) -> str | None:
-    if getattr(model_config, "audio_config", None) is None:
+def _why_no_audio(
+    tokenizer: Any, model_config: Any, stored: dict[str, Any], hears: bool
+) -> str | None:
+    if not has_audio_tower(model_config):
         return (
             "the model has no audio tower (config.json has no audio_config); of Gemma 4, E2B and "
             "E4B have one"
         )
+    if not hears:
+        return "model.audio_tower=false leaves the audio tower out; model.audio_tower=true loads it"
     if "feature_extractor" not in stored:
         return "the checkpoint has no processor_config.json with a feature_extractor"
     number = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "audio_token", None) or "<|audio|>")

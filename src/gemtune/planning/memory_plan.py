@@ -26,6 +26,7 @@ from gemtune.models import (
     Processing,
     StandIns,
     base_model,
+    has_audio_tower,
     load_model,
     load_processing,
     trained_modalities,
@@ -94,6 +95,9 @@ class MemoryPlan:
     """What was planned for."""
     report: str
     """The patches."""
+    hears: bool
+    """Whether an audio tower is among the parameters. None is used: batches are of text and images.
+    """
     strategy: Strategy
     """How the processes share the model."""
     world_size: int
@@ -181,6 +185,7 @@ def _follow(
         batch=f"{len(batch.labels)} rows, {tokens}, {batch.num_supervised_tokens:,} of them "
         f"learned, {images} images",
         report=str(report),
+        hears=has_audio_tower(base.config),
         strategy=strategy,
         world_size=plan.world_size,
     )

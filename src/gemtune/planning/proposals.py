@@ -61,9 +61,9 @@ def propose(
     """
     chosen: tuple[str, ...] = ()
     least = planned.peak_bytes
-    may_shard = planned.world_size > 1 and not planned.is_sharded
+    before = planned
     tried: set[str] = set()
-    while change := next((c for c in _changes(config, may_shard) if c.override not in tried), None):
+    while change := next((c for c in _changes(config, before) if c.override not in tried), None):
         tried.add(change.override)
         key = change.override.partition("=")[0]
         overrides = (*(o for o in chosen if o.partition("=")[0] != key), change.override)
@@ -73,8 +73,7 @@ def propose(
         if does_fit and until_it_fits:
             return
         if saves:
-            config, chosen, least = changed, overrides, plan.peak_bytes
-            may_shard = plan.world_size > 1 and not plan.is_sharded
+            config, chosen, least, before = changed, overrides, plan.peak_bytes, plan
 
 
 class _Change(NamedTuple):
@@ -83,8 +82,10 @@ class _Change(NamedTuple):
     name: str
 
 
-def _changes(config: RunConfig, may_shard: bool) -> Iterator[_Change]:
+def _changes(config: RunConfig, planned: MemoryPlan) -> Iterator[_Change]:
     """Single changes that are left to make, from the cheapest to the dearest."""
+    if planned.hears and not _trains_audio(config):
+        yield _set("model.audio_tower=false", "none: what is planned for has no audio")
     missing = [name for name in patches.default() if name not in config.patches]
     if missing:
         yield _more_patches(config, missing, "none: the same gradients")
@@ -94,7 +95,7 @@ def _changes(config: RunConfig, may_shard: bool) -> Iterator[_Change]:
     if "vision" in config.model.freeze and "vision_streaming" not in config.patches:
         cost = "the vision tower copied from host memory for each micro-batch"
         yield _more_patches(config, ["vision_streaming"], cost)
-    if may_shard:
+    if planned.world_size > 1 and not planned.is_sharded:
         cost = "weights sent between the processes in every pass"
         yield _set(f"parallel={FSDP2}", cost)
     if not config.model.gradient_checkpointing:
@@ -117,6 +118,12 @@ def _changes(config: RunConfig, may_shard: bool) -> Iterator[_Change]:
         frozen = ",".join([*config.model.freeze, *others])
         yield _set(f"model.freeze=[{frozen}]", "only the language layers are trained")
     yield _set("adapter=lora", "another training: adapters alone, on a base in bfloat16")
+
+
+def _trains_audio(config: RunConfig) -> bool:
+    if isinstance(config.adapter, Lora):
+        return "audio" in config.adapter.parts
+    return "audio" not in config.model.freeze
 
 
 def _set(override: str, cost: str) -> _Change:

@@ -187,7 +187,7 @@ def test_released_sizes_need_no_download(
     monkeypatch: pytest.MonkeyPatch, size: str, billions: float
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = compose("recipe=gemma4_lora", f"model={size}")
+    config = compose("recipe=gemma4_lora", f"model={size}", "model.audio_tower=true")
     processing = processing_for_plan(config)
     model = load_model(config.model, processing, seed=0, without_weights=True)
     parameters = sum(p.numel() for p in model.parameters())
@@ -203,14 +203,62 @@ def test_what_cannot_be_planned_is_refused() -> None:
         PlanConfig(learned_fraction=0)
 
 
+@pytest.mark.parametrize("recipe", ["gemma4_sft", "gemma4_lora"])
+def test_without_its_audio_tower_a_plan_is_less_by_its_bytes(tmp_path: Path, recipe: str) -> None:
+    folder = model_folder("e2b", tmp_path, hears=True)
+    keys = (f"recipe={recipe}", f"model.path={folder}", "model.weights=random", *SMALL)
+    keys = (*keys, "model.freeze=[audio]")
+    whole, deaf = compose(*keys), compose(*keys, "model.audio_tower=false")
+    base = load_model(whole.model, load_processing(whole.model), seed=0)
+    modules = (base.model.audio_tower, base.model.embed_audio)
+    held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    num_bytes = sum(-(-t.numel() * t.element_size() // 512) * 512 for t in held)
+    plans = [plan_memory(config, PlanConfig()) for config in (whole, deaf)]
+    assert [plan.hears for plan in plans] == [True, False]
+    assert plans[0].peak_bytes - plans[1].peak_bytes == num_bytes > 100_000
+    for phase, peak in plans[1].step.peaks.items():
+        before = plans[0].step.peaks[phase]
+        assert before.total_bytes - peak.total_bytes == num_bytes
+        assert before.by_kind["parameters"] - peak.by_kind["parameters"] == num_bytes
+    found = really(deaf, PlanConfig())
+    assert {p: v.total_bytes for p, v in found.peaks.items()} == {
+        p: v.total_bytes for p, v in plans[1].step.peaks.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_offered"),
+    [
+        (("adapter=lora",), True),
+        (("model.freeze=[audio]",), True),
+        ((), False),
+        (("adapter=lora", "adapter.parts=[language,audio]"), False),
+        (("adapter=lora", "model.audio_tower=false"), False),
+    ],
+)
+def test_an_idle_audio_tower_is_the_first_to_go(
+    tmp_path: Path, keys: tuple[str, ...], is_offered: bool
+) -> None:
+    path = f"model.path={model_folder('e2b', tmp_path, hears=True)}"
+    config = compose(*keys, path, "model.weights=random", *SMALL)
+    planned = plan_memory(config, PlanConfig())
+    changes = list(proposals._changes(config, planned))
+    offered = [change.override == "model.audio_tower=false" for change in changes]
+    assert offered == [is_offered] + [False] * (len(changes) - 1) and len(changes) > 1
+    if is_offered:
+        assert changes[0].cost == "none: what is planned for has no audio"
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_fewer_bits_are_proposed_where_their_library_is(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     monkeypatch.setattr(proposals, "is_installed", lambda kind: installed)
 
+    planned = plan_memory(compose(*SMALL), PlanConfig())
+
     def proposed(*arguments: str) -> set[str]:
-        changes = {change.override for change in proposals._changes(compose(*arguments), False)}
+        changes = {change.override for change in proposals._changes(compose(*arguments), planned)}
         return changes & {"optim=adamw_8bit", "adapter=qlora"}
 
     assert proposed() == ({"optim=adamw_8bit"} if installed else set())
