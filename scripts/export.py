@@ -18,6 +18,9 @@ A checkpoint of any number of processes will do. Every byte of it is verified fi
 put in its place only if each tensor loads to the bit and the logits of a text, an image and, for a
 mixture of experts, of every expert are those of the training model within a bound that is printed.
 All is computed in float32 on the CPU: it takes 4 bytes of memory for each parameter, twice.
+A run on a base in few bits (adapter=qlora) is exported merged with the values that these stood for.
+Its adapter is for the base as it is in its files: how far that takes the logits from those of the
+training is printed, and is in the model card.
 The exit status is 2 where nothing was written.
 """
 

@@ -5,50 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from exported import processing_of
+from exported import QUICK, all_tensors, logits_of, on, processing_of, stock, with_peft
 from gemma4_zoo import build, model_folder
-from safetensors.torch import load_file
-from transformers import Gemma4ForConditionalGeneration
 from whole_runs import RunFolder, TrainRun
 
 from gemtune.checkpoint.tensors import read_tensors
 from gemtune.export import ExportRequest, export_model, export_run
 
 pytestmark = pytest.mark.xdist_group("exports")
-
-QUICK = ("loop.max_steps=2", "data.eval_generate_rows=0", "optim.lr=2e-2")
-IDS = torch.arange(20, 60)[None]
-
-
-def on(base: Path) -> tuple[str, ...]:
-    return ("model.weights=pretrained", f"model.path={base}", "model.dtype=bfloat16")
-
-
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model.eval()(input_ids=IDS, mm_token_type_ids=torch.zeros_like(IDS)).logits.float()
-
-
-def stock(folder: Path) -> Any:
-    return Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
-
-def with_peft(base: Path, folder: Path) -> Any:
-    """In float32, on weights as training held them."""
-    from peft import PeftModel
-
-    model = stock(base)
-    for value in model.state_dict().values():
-        value.copy_(value.to(torch.bfloat16))
-    return PeftModel.from_pretrained(model, str(folder))
 
 
 def test_full_training_is_rounded_once(finished_run: RunFolder, tmp_path: Path) -> None:

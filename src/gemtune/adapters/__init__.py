@@ -2,7 +2,7 @@
 
 from gemtune.adapters.attachment import attach, merge
 from gemtune.adapters.config import Adapter, Dora, Lora, Qlora, RsLora
-from gemtune.adapters.quantization import quantization_row
+from gemtune.adapters.quantization import dequantized_weights, quantization_row
 from gemtune.adapters.targets import Targets, adapter_rows, find_targets
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Targets",
     "adapter_rows",
     "attach",
+    "dequantized_weights",
     "find_targets",
     "merge",
     "quantization_row",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from gemtune.adapters.libraries import INT8, NF4, require_library
+from gemtune.adapters.libraries import INT4, INT8, NF4, require_library
 from gemtune.errors import ConfigError
 from gemtune.options import option, require_choice, require_range
 
@@ -76,15 +76,19 @@ class Qlora(Lora):
     """LoRA (QLoRA, arXiv:2305.14314) on a base whose language layers are in 4 or 8 bits."""
 
     quantization: str = option(
-        NF4, "nf4 (4 bits, bitsandbytes), or int8 (torchao): of the language layers' linear weights"
+        NF4, "of the language layers' linear weights: nf4 (bitsandbytes), int4 or int8 (torchao)"
     )
 
     name: ClassVar[str] = "QLoRA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("adapter.quantization", self.quantization, [NF4, INT8])
+        require_choice("adapter.quantization", self.quantization, [NF4, INT4, INT8])
         require_library(self.quantization)
+
+    def on_whole_base(self) -> Lora:
+        """The same adapter, for a base that is not quantised."""
+        return Lora(**{each.name: getattr(self, each.name) for each in fields(Lora)})
 
 
 @dataclass

@@ -6,8 +6,17 @@ import importlib.util
 
 from gemtune.errors import ConfigError
 
-NF4, INT8 = "nf4", "int8"
-_LIBRARIES = {NF4: ("bitsandbytes", "nf4"), INT8: ("torchao", "quant")}
+NF4, INT4, INT8 = "nf4", "int4", "int8"
+_LIBRARIES = {
+    NF4: ("bitsandbytes", "nf4"),
+    INT4: ("torchao", "quant"),
+    INT8: ("torchao", "quant"),
+}
+
+
+def in_words(kind: str) -> str:
+    """`4 bits (nf4, bitsandbytes)`."""
+    return f"{kind.removeprefix('nf').removeprefix('int')} bits ({kind}, {_LIBRARIES[kind][0]})"
 
 
 def is_installed(kind: str) -> bool:
@@ -21,7 +30,7 @@ def require_library(kind: str) -> None:
     if not is_installed(kind):
         raise ConfigError(
             f"adapter.quantization={kind} needs {library}, which is not installed: "
-            f"pip install 'gemtune[{extra}]'. Without it: adapter=lora."
+            f"pip install 'gemtune[{extra}]'. To train without it: adapter=lora."
         )
 
 
@@ -30,5 +39,5 @@ def unusable(kind: str, error: ImportError) -> ConfigError:
     library, extra = _LIBRARIES[kind]
     return ConfigError(
         f"adapter.quantization={kind}: this {library} cannot be used: {error}. Install the one "
-        f"that was tried: pip install 'gemtune[{extra}]'. Without it: adapter=lora."
+        f"that was tried: pip install 'gemtune[{extra}]'. To train without it: adapter=lora."
     )

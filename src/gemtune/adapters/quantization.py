@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemtune.adapters.libraries import NF4, unusable
+from gemtune.adapters.int4_groups import require_groups
+from gemtune.adapters.libraries import INT4, INT8, NF4, unusable
 from gemtune.adapters.stand_ins import StandInLinear
 from gemtune.adapters.targets import find_targets
 from gemtune.models.parts import num_values
@@ -23,16 +24,20 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
     """The weights of the language layers' linear modules in few bits, each moved to `device`.
 
     "nf4": 4 bits and one scale for 64 values, scales in 8 bits (arXiv:2305.14314), by bitsandbytes.
+    "int4": 4 bits, and one scale and zero point for 64 values of a row, by torchao's arithmetic.
     "int8": 8 bits and one scale for an output, by torchao. Products are in the dtype that the
     weights had. Embeddings, head, norms, towers, projectors, router, experts and the projections of
     per-layer embeddings stay as they are. A model on meta gets modules that stand for these.
 
     Raises:
-        ConfigError: a library that cannot be used.
+        ConfigError: a library that cannot be used, or layers that int4 cannot divide into groups.
     """
     (targets,) = find_targets(model, ["language"])
+    if kind == INT4:
+        for name in targets.modules:
+            require_groups(name, model.get_submodule(name).in_features)
     try:
-        replace = _nf4 if kind == NF4 else _int8
+        replace = {NF4: _nf4, INT4: _int4, INT8: _int8}[kind]
         for name in targets.modules:
             linear = model.get_submodule(name)
             if linear.weight.is_meta:
@@ -64,20 +69,29 @@ def _nf4(model: nn.Module, name: str, device: torch.device) -> None:
     model.set_submodule(name, quantized.train(linear.training))
 
 
+def _int4(model: nn.Module, name: str, device: torch.device) -> None:
+    from gemtune.adapters.int4_weight import Int4Weight
+
+    linear = model.get_submodule(name).to(device)
+    few_bits = Int4Weight.of(linear.weight.detach())
+    linear.weight = nn.Parameter(few_bits, requires_grad=False)
+    model.set_submodule(name, FewBitsLinear(linear).train(linear.training))
+
+
 def _int8(model: nn.Module, name: str, device: torch.device) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     linear = model.get_submodule(name).to(device)
     linear.weight.requires_grad_(False)
     quantize_(linear, Int8WeightOnlyConfig(version=2))
-    model.set_submodule(name, Int8Linear(linear).train(linear.training))
+    model.set_submodule(name, FewBitsLinear(linear).train(linear.training))
 
 
-class Int8Linear(nn.Linear):
-    """A linear module of torchao's that keeps 8 bits for its backward pass, and not 16.
+class FewBitsLinear(nn.Linear):
+    """A linear module that keeps the few bits of torchao's tensor for its backward pass, not 16.
 
-    torchao's product is made of plain operators: autograd keeps the weight that they made in the
-    dtype of the inputs, of every layer, which is what 8 bits were to save.
+    The tensor's product is made of plain operators: autograd keeps the weight that they made in the
+    dtype of the inputs, of every layer, which is what the few bits were to save.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -85,11 +99,11 @@ class Int8Linear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        product = _Int8Product.apply(inputs, self.weight)
+        product = _Product.apply(inputs, self.weight)
         return product if self.bias is None else product + self.bias
 
 
-class _Int8Product(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight  # frozen: nothing changes it before the backward pass
@@ -114,7 +128,8 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def _is_of_torchao(weight: Tensor) -> bool:
-    return type(weight).__module__.startswith("torchao.")
+    """Of a class of its own, or of one that is made of them."""
+    return any(kind.__module__.startswith("torchao.") for kind in type(weight).__mro__)
 
 
 def dequantized(linear: nn.Linear) -> Tensor:
@@ -124,6 +139,11 @@ def dequantized(linear: nn.Linear) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+
+
+def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name of each weight in few bits -> what it stands for, as `dequantized`, on the CPU."""
+    return {f"{name}.weight": dequantized(each).cpu() for name, each in quantized_linears(model)}
 
 
 def stored_bytes(weight: Tensor) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemtune.adapters.libraries import NF4
+from gemtune.adapters.int4_groups import int4_bytes
+from gemtune.adapters.libraries import INT4, NF4
 
 _BLOCK, _BLOCKS_OF_SCALES = 64, 256
 _TABLES_BYTES = 4 * (16 + 256 + 1)
@@ -27,6 +28,9 @@ class StandInLinear(nn.Linear):
         if kind == NF4:
             blocks = -(-values // _BLOCK)
             count = values // 2 + blocks + 4 * -(-blocks // _BLOCKS_OF_SCALES) + _TABLES_BYTES
+        elif kind == INT4:
+            scale_bytes = linear.weight.element_size()
+            count = int4_bytes(linear.out_features, linear.in_features, scale_bytes)
         else:
             count = values + (4 + 1) * linear.out_features  # a scale and a point of zero
         held = torch.empty(count, dtype=torch.uint8, device=linear.weight.device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import gemtune
-from gemtune.adapters import Lora
+from gemtune.adapters import Lora, Qlora
+from gemtune.adapters.libraries import in_words
 from gemtune.config import RunConfig
+from gemtune.export.verification import Difference
 from gemtune.run_files import METRICS_FILE, START_FILE
 
 _LOAD = {
@@ -28,7 +30,14 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 }
 
 
-def model_card(config: RunConfig, run_dir: Path, *, step: int, kind: str = "merged") -> str:
+def model_card(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    step: int,
+    kind: str = "merged",
+    gaps: Sequence[Difference] = (),
+) -> str:
     """The card as Markdown with YAML in front, without a path of the machine.
 
     Args:
@@ -36,6 +45,8 @@ def model_card(config: RunConfig, run_dir: Path, *, step: int, kind: str = "merg
             there.
         step: of the weights: the newest figures up to it are theirs.
         kind: merged or adapter.
+        gaps: of an adapter that was learned on a base in few bits: logits on the base in its own
+            precision and in the training.
     """
     start = _read_object(run_dir / START_FILE)
     base = public_name(config.model.path)
@@ -45,6 +56,7 @@ def model_card(config: RunConfig, run_dir: Path, *, step: int, kind: str = "merg
         _section(
             "Load", f"```python\n{_LOAD[kind].format(base=base, dtype=config.model.dtype)}\n```"
         ),
+        _section("Base in few bits", _few_bits(config, kind, gaps)),
         _section("Data", _table(_data_rows(config, start))),
         _section("Metrics", _table(_metric_rows(run_dir / METRICS_FILE, step))),
         _section("Hyper-parameters", _table(_hyper_parameters(config))),
@@ -80,6 +92,26 @@ def _what_it_is(config: RunConfig, base: str, step: int, kind: str) -> str:
     return (
         f"A Gemma 4 ({config.model.name}, {start}) after {step:,} steps of supervised fine-tuning "
         f"by gemtune {gemtune.__version__}: {how}. {form}."
+    )
+
+
+def _few_bits(config: RunConfig, kind: str, gaps: Sequence[Difference]) -> str:
+    if not isinstance(config.adapter, Qlora):
+        return ""
+    few = f"its language layers had their linear weights in {in_words(config.adapter.quantization)}"
+    if kind == "merged":
+        return (
+            f"In training {few}. This folder has the values that those bits stood for, with the "
+            "update added."
+        )
+    measured = ", ".join(f"{gap.name} {gap.error:.2g}" for gap in gaps)
+    how_far = "By how much was not measured."
+    if measured:
+        how_far = f"Logits do, by this part of their spread at the worst position: {measured}."
+    return (
+        f"The adapter was learned on a quantised base: {few}. Loaded as above it is on the base in "
+        f"{config.model.dtype}, so that what comes out differs from what was trained. {how_far} "
+        "The export with kind=merged has the values that it was learned on."
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gemtune import adapters
-from gemtune.checkpoint import load_parameters
 from gemtune.checkpoint.state import read_document
 from gemtune.config import RunConfig, from_dict
 from gemtune.errors import ConfigError
@@ -22,14 +22,18 @@ from gemtune.export.model_card import model_card, public_name
 from gemtune.export.probe import make_probe
 from gemtune.export.source import find_checkpoint
 from gemtune.export.stock_reader import digests
+from gemtune.export.trained_model import cast, persistent, put_weights, read_trained
 from gemtune.export.verification import (
     BFLOAT16_BOUND,
     FLOAT32_BOUND,
+    Difference,
     Expected,
+    Logits,
+    difference,
     require_same,
     verify_export,
 )
-from gemtune.models import Processing, load_model, load_processing, put_back_audio_tower
+from gemtune.models import Processing, load_processing, put_back_audio_tower
 from gemtune.options import option, require_choice, require_range
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -80,39 +84,20 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda text:
     config = from_dict(document["config"])
     if request.base:
         config.model.path = request.base
-    if getattr(config.adapter, "quantization", None):
-        raise ConfigError(
-            "A checkpoint of adapter=qlora cannot be exported yet: its base is in 4 or 8 bits. The "
-            f"run's own merged model is in {checkpoint.parents[1]}/model."
-        )
     if request.kind == "adapter":
         require_adapter_alone(config)
     if request.push:
         require_hub(request.push)
     say(f"reading {checkpoint} and {config.model.path}")
     processing = load_processing(config.model)
-    model = _trained_model(config, processing, checkpoint)
+    model, stock_weights = read_trained(config, processing, checkpoint)
     run_dir, step = checkpoint.absolute().parents[1], int(document["state"]["step"])
-    card = model_card(config, run_dir, step=step, kind=request.kind)
-    _Export(request, config, processing, card, say).write(model, folder)
+    card = partial(model_card, config, run_dir, step=step, kind=request.kind)
+    _Export(request, config, processing, card, say).write(model, stock_weights, folder)
     if request.push:
         say(f"uploading to {request.push}")
         say(f"uploaded: {push_folder(folder, request.push)}")
     return folder
-
-
-def _trained_model(config: RunConfig, processing: Processing, checkpoint: Path) -> nn.Module:
-    """The model as it was trained, with its adapter, every number in float32.
-
-    transformers rounds constants too when it reads a model in bfloat16 (the scale of the
-    embeddings). Those are the exact ones here, as they are when the exported model is read.
-    """
-    in_float32 = replace(config.model, dtype="float32")
-    base = load_model(in_float32, processing, config.run.seed)
-    _cast(list(_persistent(base)), getattr(torch, config.model.dtype))
-    model = adapters.attach(base, config.adapter)
-    load_parameters(checkpoint, model)
-    return model.float().eval()
 
 
 @dataclass(frozen=True)
@@ -120,13 +105,16 @@ class _Export:
     request: ExportRequest
     config: RunConfig
     processing: Processing
-    card: str
+    card: Callable[..., str]
     say: Callable[[str], None]
 
-    def write(self, model: nn.Module, folder: Path) -> None:
+    def write(self, model: nn.Module, stock_weights: dict[str, Tensor], folder: Path) -> None:
         """Compute what is expected, bring the model into the form that is written, write it.
 
         Everything is computed in float32, merging too, so that each weight is rounded once.
+
+        Args:
+            stock_weights: what the base's own files have where the training had few bits.
         """
         is_adapter, dtype = self.request.kind == "adapter", DTYPES[self.request.dtype]
         probe = trained = None
@@ -134,21 +122,26 @@ class _Export:
             self.say("computing the logits of the training model")
             probe = make_probe(model, self.processing)
             trained = probe.logits(model)
+        gaps: list[Difference] = []
+        if is_adapter and stock_weights:
+            put_weights(model, stock_weights)
+            if probe is not None and trained is not None:
+                before, trained = trained, probe.logits(model)
+                gaps = self._gaps(trained, before)
         plain = model if is_adapter else adapters.merge(model)
         if probe is not None and trained is not None and not is_adapter:
             require_same(probe, probe.logits(plain), trained, "those before the adapter was merged")
         if not is_adapter:
             seed = self.config.run.seed
             put_back_audio_tower(plain, self.config.model, self.processing, seed).float()
-        written = adapter_parameters(plain) if is_adapter else list(_persistent(plain))
-        _cast(written, dtype)
+        written = adapter_parameters(plain) if is_adapter else list(persistent(plain))
+        cast(written, dtype)
 
         def check(staging: Path) -> None:
             if probe is None or trained is None:
                 return
-            self.say("loading it by stock transformers in a fresh process")
             # As float32 the rounded weights lose nothing.
-            _cast(written, torch.float32)
+            cast(written, torch.float32)
             expected = Expected(
                 probe,
                 trained,
@@ -157,14 +150,10 @@ class _Export:
                 FLOAT32_BOUND if dtype == torch.float32 else BFLOAT16_BOUND,
                 self._stock_base() if is_adapter else None,
             )
-            for found in verify_export(staging, expected):
-                self.say(
-                    f"{found.name}: logits differ by {found.error:.1e} of their spread at the "
-                    f"worst position; {expected.bound:.1e} is allowed"
-                )
+            self._compare(staging, expected)
 
         if is_adapter:
-            self._write_adapter(plain, written, folder, check)
+            self._write_adapter(plain, written, folder, check, gaps)
         else:
             export_model(
                 plain,
@@ -172,10 +161,28 @@ class _Export:
                 self.processing.image_processor,
                 folder,
                 self.processing.processor_file,
-                card=self.card,
+                card=self.card(),
                 shard_bytes=int(self.request.max_shard_gb * 10**9),
                 check=check,
             )
+
+    def _compare(self, staging: Path, expected: Expected) -> None:
+        self.say("loading it by stock transformers in a fresh process")
+        for found in verify_export(staging, expected):
+            self.say(
+                f"{found.name}: logits differ by {found.error:.1e} of their spread at the "
+                f"worst position; {expected.bound:.1e} is allowed"
+            )
+
+    def _gaps(self, on_stock: Logits, trained: Logits) -> list[Difference]:
+        """How far the base in its own precision takes the logits from those of the training."""
+        found = [difference(name, logits, trained[name]) for name, logits in on_stock.items()]
+        for each in found:
+            self.say(
+                f"{each.name}: on the base in {self.config.model.dtype} logits differ from those "
+                f"of the training by {each.error:.1e} of their spread at the worst position"
+            )
+        return found
 
     def _write_adapter(
         self,
@@ -183,6 +190,7 @@ class _Export:
         written: list[nn.Parameter],
         folder: Path,
         check: Callable[[Path], None],
+        gaps: Sequence[Difference],
     ) -> None:
         source, tokenizer = self.processing.source, self.processing.tokenizer
         if not self.processing.hub_options:
@@ -195,24 +203,9 @@ class _Export:
             write_processing(staging, tokenizer, processor, self.processing.processor_file)
 
         needed_bytes = sum(p.numel() * p.element_size() for p in written)
-        put_in_place(folder, fill, needed_bytes, card=self.card, check=check)
+        put_in_place(folder, fill, needed_bytes, card=self.card(gaps=gaps), check=check)
 
     def _stock_base(self) -> dict[str, Any]:
         where = {"pretrained_model_name_or_path": self.processing.source}
         dtype = self.config.model.dtype
         return {"where": where | self.processing.hub_options, "dtype": dtype}
-
-
-def _persistent(model: nn.Module) -> Iterator[Tensor]:
-    """What a state_dict has: parameters, and buffers but those that are computed anew."""
-    yield from model.parameters()
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield buffer
-
-
-def _cast(tensors: list[Tensor] | list[nn.Parameter], dtype: torch.dtype) -> None:
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)

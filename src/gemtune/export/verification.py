@@ -154,6 +154,8 @@ def _ask(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        if done.returncode < 0:  # with nothing to say; -9 is the system, out of memory
+            last = f"its process was ended by signal {-done.returncode}"
         raise CheckpointError(
             "Stock transformers cannot load what was written, so it was not put in its place: "
             f"{last}"

@@ -19,6 +19,7 @@ from whole_runs import RunFolder
 from gemtune.checkpoint import folder as folder_module
 from gemtune.errors import ConfigError
 from gemtune.export import request as request_module
+from gemtune.export import trained_model
 from gemtune.export.adapter import require_adapter_alone
 from gemtune.export.model_card import model_card, public_name
 
@@ -120,14 +121,14 @@ def test_bad_input_is_one_error_before_anything_is_written(
 def test_a_checkpoint_on_another_base_is_refused(
     export: Export, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = request_module.load_model
+    loaded = trained_model.load_model
 
     def another(*arguments: Any, **options: Any) -> Any:
         model = loaded(*arguments, **options)
         model.config.text_config.final_logit_softcapping = 7.0
         return model
 
-    monkeypatch.setattr(request_module, "load_model", another)
+    monkeypatch.setattr(trained_model, "load_model", another)
     status, _, errors = export("run=done", "to=out")
     assert status == 2 and "was trained on another base: the configuration" in errors
     assert not (tmp_path / "out").exists()
