@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RENDER = REPOSITORY / "benchmarks" / "render.py"
-TABLES = REPOSITORY / "benchmarks" / "tables.py"
+TABLES = [REPOSITORY / "benchmarks" / name for name in ("tables.py", "step_tables.py")]
 DOCUMENTS = ("BENCHMARKS.md", "README.md", "RELIABILITY.md")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 Load = Callable[[str], Any]
@@ -39,7 +39,7 @@ def test_the_documents_are_up_to_date() -> None:
 def copy(tmp_path: Path) -> Path:
     """Documents, results and renderer in a folder of their own."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for path in (RENDER, TABLES, *RESULTS, *(REPOSITORY / name for name in DOCUMENTS)):
+    for path in (RENDER, *TABLES, *RESULTS, *(REPOSITORY / name for name in DOCUMENTS)):
         (tmp_path / path.relative_to(REPOSITORY)).write_bytes(path.read_bytes())
     return tmp_path
 
