@@ -98,9 +98,9 @@ def configuration(options: argparse.Namespace, case: Case, contestant: str) -> S
 
 
 def make_batch(options: argparse.Namespace, case: Case, base: Any) -> dict[str, torch.Tensor]:
-    """Rows of at most `row_tokens` and the first token; the end of their text is learned."""
+    """Rows of at most `row_tokens`, the first token among them; the end of the text is learned."""
     images = options.images_per_row if case.content == "images" else 0
-    text_tokens = options.row_tokens - images * (options.soft_tokens + 2)
+    text_tokens = options.row_tokens - 1 - images * (options.soft_tokens + 2)
     settings = Settings(
         size=case.size,
         rows=options.rows,

@@ -112,6 +112,8 @@ def open_session(
     torch.manual_seed(config.run.seed)  # of the adapter
     model = adapters.attach(base, config.adapter, runtime.device)
     distributed = runtime.distribute(model, on_host=host_parameters(model), base=base)
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # weights that a patch has moved to the host
     loss_alone = not {"linear_cross_entropy", "supervised_positions"}.isdisjoint(config.patches)
     memory = PeakTracker(runtime.device)
     memory.begin_loss_after(base_model(base))
