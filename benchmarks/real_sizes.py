@@ -263,10 +263,11 @@ def parse() -> argparse.Namespace:
         options.small = options.device == "cpu"
     if options.warm_up < 1:
         parser.error("--warm-up: the first step has no optimizer state yet; at least 1")
-    known = [case.name for case in cases_of(options.small)]
+    known = {case.name: case for case in cases_of(options.small)}
     for name in options.cases or ():
         if name not in known:
             parser.error(f"--cases: received {name}; there are {', '.join(known)}")
+    options.cases = [known[name] for name in options.cases or known]
     return options
 
 
@@ -274,12 +275,9 @@ def main() -> None:
     """Measure every case that there is time for."""
     options = parse()
     deadline = Deadline(options.limit_seconds)
-    chosen = [
-        case for case in cases_of(options.small) if not options.cases or case.name in options.cases
-    ]
     if options.part:
         torch.set_num_threads(options.threads)
-        print(json.dumps(run_part(options, chosen[0])))
+        print(json.dumps(run_part(options, options.cases[0])))
         return
     with tempfile.TemporaryDirectory(prefix="gemtune-wheels-") as folder:
         packages = unpack(options.wheels, folder)
@@ -293,7 +291,7 @@ def main() -> None:
             "not_measured": left_out,
             "cases": {},
         }
-        for number, case in enumerate(chosen):
+        for number, case in enumerate(options.cases):
             try:
                 found = measure(options, case, number, names, packages, deadline)
             except OutOfTimeError:

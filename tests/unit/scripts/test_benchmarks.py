@@ -82,6 +82,15 @@ def test_a_result_names_its_setting_and_no_path(path: Path) -> None:
     assert not [place for place in places if f"{place}/" in text]
 
 
+def test_a_command_says_neither_where_it_was_nor_where_its_result_went(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--device", "cuda", "--output", "/home/me/results/name", "--rows", "2"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/benchmarks/patches.py", *words])
+    said = load("environment").typed_command("/home/me/benchmarks/patches.py")
+    assert said == "python benchmarks/patches.py --device cuda --rows 2"
+
+
 Compare = Callable[..., dict[str, Any]]
 
 
