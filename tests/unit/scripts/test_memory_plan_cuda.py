@@ -58,6 +58,7 @@ class Counters(StorageFollower):
         self.peak = max(self.peak, self.live_bytes)
 
 
+@pytest.mark.usefixtures("new_runtime")
 @pytest.mark.parametrize("training", ["full", "lora"])
 @pytest.mark.parametrize("images", [0, 2])
 def test_planned_is_what_an_allocator_counts_in_the_step_that_is_made(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +55,7 @@ def first_steps(load: Load, training: str, content: str, *names: str) -> dict[st
     return tasks
 
 
+@pytest.mark.usefixtures("new_runtime")
 @pytest.mark.parametrize("content", ["text", "images"])
 @pytest.mark.parametrize("training", ["full", "lora"])
 def test_all_contestants_make_the_same_steps(load: Load, training: str, content: str) -> None:
@@ -74,6 +77,7 @@ def test_all_contestants_make_the_same_steps(load: Load, training: str, content:
     assert len(trained["gemtune"]) > 10
 
 
+@pytest.mark.usefixtures("new_runtime")
 def test_a_contestant_with_other_labels_is_refused(load: Load) -> None:
     tasks = first_steps(load, "lora", "text", "transformers")
     wrong = tiny_task(load, "gemtune", "lora", "text", labels_moved=True)
@@ -184,8 +188,6 @@ def test_a_process_has_until_the_deadline_and_a_failed_one_is_quoted(
 def test_wheels_are_unpacked_and_an_empty_folder_is_refused(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import zipfile
-
     sizes = load("real_sizes")
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert sizes.unpack(None, str(tmp_path)) == ""
@@ -233,7 +235,11 @@ print("losses", *map(float, task.recorder.losses))
 
 def test_it_runs_where_neither_hydra_nor_omegaconf_is() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BARE], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", BARE],
+        cwd=REPOSITORY,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()[-1].split()) == 3
