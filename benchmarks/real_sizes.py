@@ -24,6 +24,7 @@ built.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -121,7 +122,7 @@ def run_part(options: argparse.Namespace, case: Case) -> dict[str, Any]:
 
     contestant = CONTESTANTS[options.part]
     for package in ("peft", *contestant.packages):
-        __import__(package)
+        importlib.import_module(package)
     config = configuration(options, case, options.part)
     device = torch.device(options.device)
     resident = resident_gib() if options.device == "cpu" else 0.0

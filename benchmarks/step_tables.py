@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from tables import NOT_MEASURED, Result, interval, setting, table
 
-TITLES = {"full": "full fine-tuning", "lora": "LoRA of rank 16"}
-
 
 def real_sizes(result: Result) -> str:
     """A table for each case, a contestant a row."""
