@@ -69,18 +69,25 @@ bench: $(READY) ## Measure what each patch saves and costs, and whether peaks ha
 	$(VENV)/bin/python scripts/benchmark.py suite=patches size=e2b_small device=cpu \
 		training=lora $(ARGS)
 
-# From the repository alone, with the torch and transformers of PYTHON; results go to the folder OUT, or
-# where they are committed. Ends within 9 minutes: the first two write after each case and are cut off
-# (Error 124); the third leaves out what does not fit, and its result says so.
-bench-gpu: ## Measure on a GPU, with E2B's whole shape, in under 9 minutes
-	-PYTHONPATH=src timeout 100 $(PYTHON) benchmarks/linear_cross_entropy.py --device cuda \
-		--dtype bfloat16 --rows 8192 --hidden 1536 --vocabulary 262144 --repetitions 5 \
-		--ignored 0 50 80 --output $(or $(OUT),$(CURDIR)/benchmarks/results)/linear_cross_entropy_cuda
-	-PYTHONPATH=src timeout 120 $(PYTHON) benchmarks/supervised_positions.py --device cuda \
+# From the repository alone, with the torch, transformers, accelerate and peft of PYTHON; results go
+# to the folder OUT, or where they are committed. TRL takes part where it is installed, or lies as
+# wheels in the folder WHEELS. Ends within 9 minutes, the most important first: each writes after each
+# case, and leaves out what does not fit or is cut off (Error 124).
+bench-gpu: ## Measure on a GPU, at the whole shapes of E2B and E4B, in under 9 minutes
+	-PYTHONPATH=src timeout 280 $(PYTHON) benchmarks/real_sizes.py --device cuda \
+		--dtype bfloat16 --limit-seconds 270 $(if $(WHEELS),--wheels $(WHEELS)) \
+		--output $(or $(OUT),$(CURDIR)/benchmarks/results)/real_sizes_cuda
+	-PYTHONPATH=src timeout 95 $(PYTHON) benchmarks/memory_plan.py --device cuda \
+		--limit-seconds 90 \
+		--output $(or $(OUT),$(CURDIR)/benchmarks/results)/memory_plan_cuda
+	-PYTHONPATH=src timeout 40 $(PYTHON) benchmarks/supervised_positions.py --device cuda \
 		--size e2b --dtype bfloat16 --training lora --rows 4 --text-tokens 2048 \
 		--output $(or $(OUT),$(CURDIR)/benchmarks/results)/supervised_positions_cuda
+	-PYTHONPATH=src timeout 40 $(PYTHON) benchmarks/linear_cross_entropy.py --device cuda \
+		--dtype bfloat16 --rows 8192 --hidden 1536 --vocabulary 262144 --repetitions 5 \
+		--ignored 0 50 80 --output $(or $(OUT),$(CURDIR)/benchmarks/results)/linear_cross_entropy_cuda
 	PYTHONPATH=src $(PYTHON) scripts/benchmark.py suite=patches size=e2b device=cuda \
-		training=lora repetitions=3 limit_seconds=280 $(ARGS)
+		training=lora repetitions=2 limit_seconds=60 $(ARGS)
 
 lint: $(READY) ## Check style, imports between packages, and file lengths
 	$(VENV)/bin/ruff check .

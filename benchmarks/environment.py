@@ -46,8 +46,12 @@ def describe(command: str) -> dict[str, Any]:
 
 
 def typed_command(script: str) -> str:
-    """The command line that started a script of this folder, without where that is."""
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]])
+    """The command line that started a script of this folder, without paths of it and its result."""
+    words = sys.argv[1:]
+    if "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -3,6 +3,7 @@
     python benchmarks/memory_plan.py                          # about 20 minutes
     python benchmarks/memory_plan.py --cases tiny_full --repetitions 1        # a trial
     python benchmarks/memory_plan.py --gate                   # part of `make bench`, 3 minutes
+    python benchmarks/memory_plan.py --device cuda            # memory_plan_cuda.py: real sizes
 
 With `--gate` nothing is written: it ends with 1 where a planned or measured peak of some of the
 cases is more than 3% above what is committed.
@@ -250,7 +251,14 @@ def print_rise(name: str, now: float, before: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="its own cases")
+    if place.parse_known_args()[0].device == "cuda":
+        # Not before: what measures its children on the CPU must stay small.
+        import memory_plan_cuda
+
+        return memory_plan_cuda.main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], parents=[place])
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
@@ -260,8 +268,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.part:
         part = {"plan": plan, "run": run}[options.part]
-        print(json.dumps(part(options.cases[0], options.folder)))
-        return
+        return print(json.dumps(part(options.cases[0], options.folder)))
     if options.gate:
         sys.exit(gate(json.loads((RESULTS / "memory_plan.json").read_text(encoding="utf-8"))))
     result = describe(typed_command(__file__))
@@ -276,6 +283,7 @@ def main() -> None:
         }
     if options.cases == list(CASES):
         print(f"wrote {write_result('memory_plan', result).relative_to(REPOSITORY)}")
+    return None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import step_tables
 import tables
 from tables import NOT_MEASURED, RESULTS, Result
 
@@ -48,7 +49,10 @@ TABLES = {
     "vision_position_lookup": tables.vision_position_lookup,
     "relative_position_lookup": tables.relative_position_lookup,
     "memory_plan": tables.memory_plan,
+    "memory_plan_cuda": step_tables.memory_plan_cuda,
     "plan_times": tables.plan_times,
+    "real_sizes_cpu": step_tables.real_sizes,
+    "real_sizes_cuda": step_tables.real_sizes,
     "step_records": tables.step_records,
     "patches_e2b_small_cpu": tables.price_tags,
     "patches_tiny_cpu": tables.price_tags,

@@ -12,7 +12,7 @@ import torch
 from models import batch, build, enable_checkpointing
 from saved_bytes import saved_for_backward
 from settings import Settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemtune.errors import PatchError
 from gemtune.memory import PeakTracker
@@ -122,13 +122,7 @@ class Workbench:
             parameter.data = parameter.data.to(dtype)
 
     def sampled_gradients(self) -> dict[str, Tensor]:
-        """Name -> up to `SAMPLES` numbers at even distances."""
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                numbers = parameter.grad.reshape(-1)
-                found[name] = numbers[:: -(-len(numbers) // SAMPLES)].double().cpu()
-        return found
+        return sampled_gradients(self.model)
 
     def peak_mib(self) -> float | None:
         """Of one step: on CUDA what tensors hold, on the CPU what of the process is resident."""
@@ -139,6 +133,16 @@ class Workbench:
         peak = tracker.finish()["forward"]
         self.tidy()
         return None if math.isnan(peak) else round(peak * 1024, 1)
+
+
+def sampled_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> up to `SAMPLES` numbers of the gradient, at even distances."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            numbers = parameter.grad.reshape(-1)
+            found[name] = numbers[:: -(-len(numbers) // SAMPLES)].double().cpu()
+    return found
 
 
 def errors(outcome: Outcome, reference: Outcome) -> tuple[float, float]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gemtune.config import RunConfig
 from gemtune.data import Batch, BatchStream, ChatDataset, StreamedDataset
 from gemtune.evaluation import rounds_of_rank
 from gemtune.losses import HostLabels
 from gemtune.models import StandIns
 from gemtune.patches.ple_offload import prefetch
 from gemtune.runtime import Runtime
+
+if TYPE_CHECKING:  # it needs OmegaConf, which nothing here does
+    from gemtune.config import RunConfig
 
 
 def batch_stream(

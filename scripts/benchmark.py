@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"
 SUITES = (
     "patches",
+    "real_sizes",
     "linear_cross_entropy",
     "supervised_positions",
     "vision_position_lookup",

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gemtune import adapters, patches
 from gemtune.attention import separate_documents
-from gemtune.config import RunConfig
 from gemtune.data import Batch
 from gemtune.errors import ConfigError
 from gemtune.losses import HostLabels
@@ -42,6 +41,9 @@ from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
 from gemtune.planning.storages import GATHERED
 from gemtune.planning.world import first_of
+
+if TYPE_CHECKING:  # it needs OmegaConf, which a plan does not
+    from gemtune.config import RunConfig
 
 _BUNDLED = {
     "google/gemma-4-E2B-it": "gemma-4-e2b.json",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
@@ -24,3 +26,18 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     for name in set(sys.modules) - before:
         if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+@pytest.fixture
+def new_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs of the test start anew, and on the CPU wherever it runs."""
+
+    def forget() -> None:
+        # accelerate keeps its state in the classes.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    forget()
+    yield
+    forget()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RENDER = REPOSITORY / "benchmarks" / "render.py"
-TABLES = REPOSITORY / "benchmarks" / "tables.py"
+TABLES = [REPOSITORY / "benchmarks" / name for name in ("tables.py", "step_tables.py")]
 DOCUMENTS = ("BENCHMARKS.md", "README.md", "RELIABILITY.md")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 Load = Callable[[str], Any]
@@ -39,7 +39,7 @@ def test_the_documents_are_up_to_date() -> None:
 def copy(tmp_path: Path) -> Path:
     """Documents, results and renderer in a folder of their own."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for path in (RENDER, TABLES, *RESULTS, *(REPOSITORY / name for name in DOCUMENTS)):
+    for path in (RENDER, *TABLES, *RESULTS, *(REPOSITORY / name for name in DOCUMENTS)):
         (tmp_path / path.relative_to(REPOSITORY)).write_bytes(path.read_bytes())
     return tmp_path
 
@@ -80,6 +80,15 @@ def test_a_result_names_its_setting_and_no_path(path: Path) -> None:
     assert {"cpu", "num_cores", "ram_gib"} <= result["machine"].keys()
     places = (Path.home(), Path(tempfile.gettempdir()), Path(__file__).parents[3])
     assert not [place for place in places if f"{place}/" in text]
+
+
+def test_a_command_says_neither_where_it_was_nor_where_its_result_went(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--device", "cuda", "--output", "/home/me/results/name", "--rows", "2"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/benchmarks/patches.py", *words])
+    said = load("environment").typed_command("/home/me/benchmarks/patches.py")
+    assert said == "python benchmarks/patches.py --device cuda --rows 2"
 
 
 Compare = Callable[..., dict[str, Any]]
