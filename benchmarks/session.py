@@ -78,6 +78,7 @@ def sections(
             weights="random",
             dtype=dtype if is_lora else "float32",
             gradient_checkpointing=checkpointing,
+            audio_tower=False,
             freeze=list(FROZEN),
         ),
         data=DataConfig(path="conversations.jsonl", max_length=row_tokens),
