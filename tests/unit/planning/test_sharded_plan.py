@@ -133,13 +133,13 @@ def test_state_of_shares_in_host_memory(kind: str) -> None:
         for more in ((), ("optim.offload_state=true", "optim.offload_group_mib=1"))
     )
     state = here.step.peaks["forward"].by_kind["optimizer state"]
-    assert "optimizer state" not in there.step.peaks["forward"].by_kind
+    assert there.step.peaks["forward"].by_kind.get("optimizer state", 0) == 0
     saved = here.step.peaks["forward"].total_bytes - there.step.peaks["forward"].total_bytes
     assert saved == state
     # Padded to 256 bytes there, and to 512 here.
-    assert 0.95 * state < there.host_state_bytes < state
+    assert 0.9 * state < there.host_state_bytes < state
     buffers = there.step.peaks["optimizer"].by_kind["optimizer state"]
-    assert 2**20 < buffers < 2 * 2**20
+    assert 2**19 < buffers < 2 * 2**20 < state
 
 
 def test_shards_are_proposed_where_there_are_processes() -> None:
