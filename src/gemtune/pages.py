@@ -48,6 +48,7 @@ def start_page(
         *_dtype_warning(config),
         *_data_rows(config, built),
         ("training", _training(config, runtime, session.num_steps), ""),
+        *_offload_notice(config, runtime),
         ("processes", runtime.strategy.describe(runtime.world_size), ""),
     ]
     for number, row in enumerate(built.report.rows):
@@ -162,6 +163,12 @@ def _dtype_warning(config: RunConfig) -> Iterator[Row]:
             "model.dtype=float32 parallel.mixed_precision=bf16 keeps them",
             "",
         )
+
+
+def _offload_notice(config: RunConfig, runtime: Runtime) -> Iterator[Row]:
+    if config.optim.offload_state and runtime.device.type == "cpu":
+        text = "optim.offload_state=true saves nothing here: on a CPU all state is in host memory"
+        yield "", text, ""
 
 
 def _adapter_rows(config: RunConfig, model: nn.Module) -> Iterator[Row]:

@@ -26,6 +26,7 @@ _FREE = (
     "run.resume",
     "run.grace_seconds",
     "model.gradient_checkpointing",
+    "optim.offload_",
     "tracker.",
     "checkpoint.",
     "memory.",

@@ -160,4 +160,5 @@ def _advice(config: RunConfig, runtime: Runtime) -> list[str]:
         world_size=runtime.world_size,
         sharded=runtime.is_sharded,
         mixed_precision=config.parallel.mixed_precision != "no",
+        state_on_gpu=runtime.device.type == "cuda" and not config.optim.offload_state,
     )

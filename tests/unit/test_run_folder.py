@@ -152,6 +152,14 @@ def test_differences() -> None:
     assert list(differences(before, before)) == []
 
 
+def test_where_optimizer_state_lies_may_change() -> None:
+    before = configured(Path("runs/a")).as_dict()
+    keys = ("optim.offload_state=true", "optim.offload_group_mib=7")
+    now = configured(Path("runs/a"), *keys).as_dict()
+    assert now["optim"]["offload_state"] is True and before["optim"]["offload_state"] is False
+    assert list(differences(before, now)) == []
+
+
 def test_an_older_run_did_not_say_which_adapter_it_has() -> None:
     lora = configured(Path("runs/a"), "adapter=lora").as_dict()
     rslora = configured(Path("runs/a"), "adapter=rslora").as_dict()

@@ -19,6 +19,7 @@ from gemtune.checkpoint.state import TrainState, read_document
 from gemtune.checkpoint.tensors import load_tensors, read_index
 from gemtune.checkpoint.writer import MODEL, OPTIMIZER, rng_file
 from gemtune.errors import CheckpointError
+from gemtune.optim.offloaded import state_device
 from gemtune.tracking import new_run_id
 
 
@@ -165,13 +166,13 @@ def _destinations(
     for key, entry in index.items():
         kind, name, *_ = key.split("|")
         parameter = trainable[name]
-        dtype = entry.properties.dtype
+        place: Any = {"dtype": entry.properties.dtype, "device": state_device(optimizer, parameter)}
         if kind == MODEL:
             wanted[key] = parameter.detach()
         elif entry.size == parameter.shape:
-            wanted[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            wanted[key] = torch.zeros_like(parameter, requires_grad=False, **place)
         else:  # a counter, the same on all ranks
-            wanted[key] = torch.zeros(entry.size, dtype=dtype, device=parameter.device)
+            wanted[key] = torch.zeros(entry.size, **place)
     return wanted
 
 

@@ -217,6 +217,7 @@ def advice(
     world_size: int,
     sharded: bool,
     mixed_precision: bool,
+    state_on_gpu: bool,
 ) -> list[str]:
     """What makes a step smaller, in the order to try it, given what is on already.
 
@@ -232,6 +233,10 @@ def advice(
         found.append("model.gradient_checkpointing=true: activations are computed twice, not kept")
     if patches_off:
         found.append(f"patches that are off and save memory: {', '.join(patches_off)}")
+    if state_on_gpu and not adapter:
+        found.append(
+            "optim.offload_state=true: moments in host memory, copied from and to it at every step"
+        )
     if world_size > 1 and not sharded:
         found.append("parallel=fsdp2: parameters, gradients and optimizer are split over the ranks")
     if world_size == 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gemtune.errors import ConfigError
 from gemtune.models.parts import PARTS
 from gemtune.optim.groups import find_trained, group, require_parts
+from gemtune.optim.offloaded import offloaded
 from gemtune.options import option, require_choice, require_range
 
 
@@ -28,6 +29,12 @@ class AdamW:
     beta1: float = option(0.9, "decay of the first moment")
     beta2: float = option(0.95, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
+    offload_state: bool = option(
+        False, "keep the state in host memory; a step copies it to the GPU and back, group by group"
+    )
+    offload_group_mib: int = option(
+        512, "state of a group, or of one parameter; two groups are on the GPU in a step"
+    )
 
     name: ClassVar[str] = "AdamW"
     whole_only: ClassVar[str] = ""
@@ -40,12 +47,29 @@ class AdamW:
         for part, rate in self.part_lrs.items():
             require_choice("optim.part_lrs", part, PARTS)
             require_range(f"optim.part_lrs.{part}", rate, above=0)
+        require_range("optim.offload_group_mib", self.offload_group_mib, at_least=1)
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"optim.{key}={getattr(self, key)} must be in [0, 1).")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer over the trainable parameters, the fused kernel where the device has one.
+        """An optimizer over the trainable parameters, its state where `offload_state` says.
+
+        Raises:
+            ConfigError: nothing is trained, or nothing of a part that has a rate; the state cannot
+                be offloaded.
+        """
+        optimizer = self.assemble(model)
+        if not self.offload_state:
+            return optimizer
+        return offloaded(
+            optimizer,
+            group_bytes=self.offload_group_mib * 2**20,
+            state_bytes=self.moment_bytes,
+        )
+
+    def assemble(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer itself, with the fused kernel; its state lies beside the parameters.
 
         Raises:
             ConfigError: nothing is trained, or nothing of a part that has a rate.
@@ -68,8 +92,13 @@ class AdamW:
         """What a trained parameter has of state."""
         return 2 * parameter.numel() * parameter.element_size()
 
+    def device_bytes(self, parameter: Tensor) -> int:
+        """What of it lies on the device between steps."""
+        return 0 if self.offload_state else self.moment_bytes(parameter)
+
     def describe(self) -> str:
-        """Name and peak rates, for people."""
+        """Name, peak rates and where the state is, for people."""
         others = [f"{part} {rate:g}" for part, rate in self.part_lrs.items()]
         rates = f"{self.lr:g}" + f" ({', '.join(others)})" * bool(others)
-        return f"{self.name}, peak learning rate {rates}"
+        where = ", state in host memory between steps" * self.offload_state
+        return f"{self.name}, peak learning rate {rates}{where}"

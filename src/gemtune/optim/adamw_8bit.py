@@ -39,7 +39,7 @@ class AdamW8bit(AdamW):
                 "pip install 'gemtune[quant]'. Without it: optim=adamw."
             )
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def assemble(self, model: nn.Module) -> torch.optim.Optimizer:
         """torchao's AdamW8bit, with plain tensors as its state: `PREFIX.codes` and `PREFIX.scale`.
 
         Raises:

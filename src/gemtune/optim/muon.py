@@ -36,7 +36,7 @@ class Muon(AdamW):
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optim.momentum={self.momentum} must be in [0, 1).")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def assemble(self, model: nn.Module) -> torch.optim.Optimizer:
         """Both as one optimizer.
 
         Raises:

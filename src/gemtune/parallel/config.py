@@ -86,16 +86,16 @@ def decide(
 
 
 def training_bytes(
-    parameters: Iterable[nn.Parameter], moment_bytes: Callable[[nn.Parameter], int]
+    parameters: Iterable[nn.Parameter], state_bytes: Callable[[nn.Parameter], int]
 ) -> int:
-    """Bytes of weights, gradients in their dtype, and the optimizer's state of what is trained.
+    """Bytes on the device: weights, gradients in their dtype, and optimizer state of the trained.
 
     Parameters on the meta device will do.
     """
     total = 0
     for parameter in parameters:
         own = parameter.numel() * parameter.element_size()
-        total += 2 * own + moment_bytes(parameter) if parameter.requires_grad else own
+        total += 2 * own + state_bytes(parameter) if parameter.requires_grad else own
     return total
 
 

@@ -58,7 +58,7 @@ def bytes_of_copy(config: RunConfig, processing: Processing) -> int:
     elsewhere = {id(p) for p in _hosted_parameters(skeleton, config)}
     parameters = attach(skeleton, config.adapter).parameters()
     here = (p for p in parameters if id(p) not in elsewhere)
-    return training_bytes(here, config.optim.moment_bytes)
+    return training_bytes(here, config.optim.device_bytes)
 
 
 def build_base(config: RunConfig, runtime: Runtime, processing: Processing) -> nn.Module:

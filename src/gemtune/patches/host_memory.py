@@ -50,9 +50,9 @@ class _Region(mmap.mmap):
         # Not Tensor.pin_memory(): its allocator rounds each block up to a power of two.
         error = torch.cuda.cudart().cudaHostRegister(address, len(self), _PORTABLE)
         if int(error) != 0:
-            raise PatchError(
-                f"CUDA could not pin {len(self) / 2**20:.0f} MiB of host memory ({error!r}): "
-                "raise the limit on locked memory (ulimit -l), or use memory: mapped."
+            raise OSError(
+                f"CUDA could not pin {len(self) / 2**20:.0f} MiB of host memory ({error!r}): the "
+                "limit on locked memory (ulimit -l) is one reason"
             )
         self.pinned_at, self.process = address, os.getpid()
 
@@ -63,6 +63,20 @@ class _Region(mmap.mmap):
             return
         torch.cuda.synchronize()  # a copy from these pages may be under way
         torch.cuda.cudart().cudaHostUnregister(self.pinned_at)
+
+
+def pinned_block(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8 that a GPU reads and writes without the CPU's help.
+
+    Raises:
+        OSError: CUDA could not pin it.
+    """
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    region = _Region(-1, num_bytes)
+    block = torch.frombuffer(region, dtype=torch.uint8)  # keeps the region
+    region.pin(block.data_ptr())
+    return block
 
 
 @dataclass(eq=False)
@@ -106,7 +120,10 @@ class HostMemory:
             for v, offset in zip(values, offsets, strict=True)
         ]
         if self.kind == PINNED:
-            region.pin(held[0].data_ptr())
+            try:
+                region.pin(held[0].data_ptr())
+            except OSError as error:
+                raise PatchError(f"{error}. Raise it, or use memory: mapped.") from error
         for target, value in zip(held, values, strict=True):
             target.copy_(value)
         self._region = region

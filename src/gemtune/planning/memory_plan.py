@@ -37,6 +37,7 @@ from gemtune.parallel.fsdp import shard_model
 from gemtune.patches.host_memory import host_parameters
 from gemtune.patches.vision_streaming import buffer_bytes, streamed_modules
 from gemtune.planning.batch import largest_batch
+from gemtune.planning.host_state import host_bytes, rest_on_host
 from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
 from gemtune.planning.storages import GATHERED
@@ -90,6 +91,8 @@ class MemoryPlan:
     """Of DDP: a second copy of all gradients, from the first step on."""
     host_bytes: int
     """Of weights that patches keep in host memory."""
+    host_state_bytes: int
+    """Of optimizer state that lies in host memory between steps."""
     num_trained: int
     """Parameters, of all shards together."""
     num_parameters: int
@@ -160,6 +163,8 @@ def _follow(
     shadow.leave_out(model.get_parameter(name) for name in host_parameters(model))
     after_backward = distribute(config, plan.world_size, is_sharded, model, base)
     optimizer = config.optim.build(model)
+    if plan.device == "cuda":
+        rest_on_host(optimizer, shadow, shadow.empty)
     batch, inputs = largest_inputs(config, plan, processing, shadow.empty)
     with as_on_gpu(shadow, base) if plan.device == "cuda" else nullcontext():
         step = follow_step(
@@ -182,6 +187,7 @@ def _follow(
         step=step,
         bucket_bytes=trained_bytes if plan.world_size > 1 and not is_sharded else 0,
         host_bytes=sum(p.numel() * p.element_size() for p in hosted),
+        host_state_bytes=host_bytes(optimizer),
         num_trained=sum(p.numel() for p in parameters if p.requires_grad),
         num_parameters=sum(p.numel() for p in parameters),
         batch=f"{len(batch.labels)} rows, {tokens}, {batch.num_supervised_tokens:,} of them "

@@ -59,6 +59,7 @@ def plan_page(plan: MemoryPlan) -> RenderableType:
         *([among] if plan.world_size > 1 else []),
         f"{plan.num_parameters:,} parameters, {plan.num_trained:,} trained"
         + (f"; {_gib(plan.host_bytes)} GiB of them stay in host memory" * bool(plan.host_bytes)),
+        *_state_line(plan),
         f"peak: {plan.peak_bytes / GIB:.2f} GiB of tensors, in {plan.step.phase}",
     ]
     return Group(*map(Text, lines), _bar(plan, kinds), Text(), table, Text(), _modules(plan))
@@ -103,6 +104,7 @@ def plan_document(
         "num_parameters": plan.num_parameters,
         "num_trained": plan.num_trained,
         "host_bytes": plan.host_bytes,
+        "host_state_bytes": plan.host_state_bytes,
         "phases": {
             phase: {
                 "peak_bytes": peak.total_bytes + plan.bucket_bytes,
@@ -130,6 +132,13 @@ def modules_of(peak: Peak) -> Counter[str]:
     for name, num_bytes in peak.by_module.items():
         found[re.sub(r"\.\d+(?=\.|$)", ".*", name) or "(outside of any module)"] += num_bytes
     return found
+
+
+def _state_line(plan: MemoryPlan) -> list[str]:
+    if not plan.host_state_bytes:
+        return []
+    whose = " of each process" * (plan.world_size > 1)
+    return [f"optimizer state{whose}: {_gib(plan.host_state_bytes)} GiB, in host memory"]
 
 
 def _kinds(plan: MemoryPlan, peak: Peak) -> Counter[str]:

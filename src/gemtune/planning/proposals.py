@@ -103,6 +103,10 @@ def _changes(config: RunConfig, planned: MemoryPlan) -> Iterator[_Change]:
     if config.loop.micro_batch_size > 1:
         size = config.loop.micro_batch_size // 2
         yield _set(f"loop.micro_batch_size={size}", "the same gradients, in more, smaller passes")
+    is_full = type(config.adapter) is Adapter
+    if is_full and not config.optim.offload_state:
+        cost = "moments copied from and to host memory at every step"
+        yield _set("optim.offload_state=true", cost)
     if config.parallel.mixed_precision == "no":
         yield _set("parallel.mixed_precision=bf16", "activations and matmuls in bfloat16")
     # Neither 8-bit moments nor 4-bit weights can be sharded.
@@ -111,7 +115,7 @@ def _changes(config: RunConfig, planned: MemoryPlan) -> Iterator[_Change]:
         yield _set("optim=adamw_8bit", "moments of AdamW rounded to 8 bits")
     if type(config.adapter) is Lora and is_whole and is_installed(NF4):
         yield _set("adapter=qlora", "weights of the language layers rounded to 4 bits")
-    if type(config.adapter) is not Adapter:
+    if not is_full:
         return
     others = [part for part in PARTS if part != "language" and part not in config.model.freeze]
     if others:

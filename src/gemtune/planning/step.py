@@ -74,15 +74,20 @@ def follow_step(
         ):
             _accumulate(follower, model, batches, autocast_dtype, progress)
             after_backward()
+            # What no row of the run feeds, as a tower without media, never gets a state.
             unfed = [p for p in trained if p.grad is None]
+            spared = follower.bytes_of(_state_of(optimizer, unfed))
+            for parameter in unfed:
+                optimizer.state.pop(parameter, None)
             with follower.phase("optimizer"):
                 progress("optimizer")
                 clip_gradients(model.parameters(), max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        # What no row of the run feeds, as a tower without media, never gets a state.
-        spared = follower.bytes_of(_state_of(optimizer, unfed))
-    peaks = {p: peak.without(spared, OPTIMIZER_STATE) for p, peak in follower.peaks().items()}
+    peaks = {
+        phase: peak if phase == "optimizer" else peak.without(spared, OPTIMIZER_STATE)
+        for phase, peak in follower.peaks().items()
+    }
     return StepPlan(peaks, parameters_bytes)
 
 

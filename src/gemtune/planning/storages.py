@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gemtune.optim.state_group import shard_of
+
 PARAMETERS, GRADIENTS, INPUTS = "parameters", "gradients", "inputs"
 OPTIMIZER_STATE = "optimizer state"
 GATHERED = "gathered weights"
@@ -253,8 +255,3 @@ class StorageFollower(TorchDispatchMode):
         is_higher = known is None or self._highest > known.total_bytes
         if self._phase and self.live_bytes == self._highest and is_higher:
             self._peaks[self._phase] = Peak(self._highest, +self._kinds, +self._modules)
-
-
-def shard_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a DTensor; any other tensor as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -188,9 +188,11 @@ def test_advice_depends_on_what_is_on() -> None:
         "world_size": 2,
         "sharded": False,
         "mixed_precision": False,
+        "state_on_gpu": True,
     }
     all_of_it = advice(**settings)
-    starts = ("loop.micro", "model.gradient", "patches", "parallel=fsdp2", "data.max", "recipe=")
+    starts = ("loop.micro", "model.gradient", "patches", "optim.offload", "parallel=fsdp2")
+    starts += ("data.max", "recipe=")
     assert all(line.startswith(start) for line, start in zip(all_of_it, starts, strict=True))
     assert "loop.micro_batch_size=2 (now 4)" in all_of_it[0]
     done = settings | {

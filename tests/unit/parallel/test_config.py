@@ -49,7 +49,9 @@ def test_bytes_of_a_copy() -> None:
     trained = nn.Parameter(torch.empty(10, 3, device="meta"))
     frozen = nn.Parameter(torch.empty(7, dtype=torch.bfloat16, device="meta"), requires_grad=False)
     # Weight, gradient and two moments of 30 numbers in float32; 7 numbers in bfloat16.
-    assert training_bytes([trained, frozen], AdamW().moment_bytes) == 4 * 30 * 4 + 14
+    assert training_bytes([trained, frozen], AdamW().device_bytes) == 4 * 30 * 4 + 14
+    offloaded = AdamW(offload_state=True)
+    assert training_bytes([trained, frozen], offloaded.device_bytes) == 2 * 30 * 4 + 14
 
 
 def test_shares_are_refused_where_the_optimizer_wants_whole_parameters() -> None:

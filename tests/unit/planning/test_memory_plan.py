@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gemma4_zoo import model_folder
+from offloading import uncounted
+from rich.console import Console
 from whole_runs import compose
 
 from gemtune import adapters, patches
@@ -17,9 +21,12 @@ from gemtune.errors import ConfigError
 from gemtune.losses import budgets
 from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import base_model, load_model, load_processing
+from gemtune.optim.groups import find_trained, group
 from gemtune.patches.host_memory import host_parameters
 from gemtune.planning import MemoryPlan, PlanConfig, plan_memory, proposals
+from gemtune.planning.host_state import rest_on_host
 from gemtune.planning.memory_plan import as_on_gpu, largest_inputs, processing_for_plan
+from gemtune.planning.page import plan_document, plan_page
 from gemtune.planning.proposals import fits, propose
 from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
@@ -39,6 +46,15 @@ CASES: dict[str, tuple[tuple[str, ...], PlanConfig]] = {
         + ("patches=[linear_cross_entropy,supervised_positions,ple_offload]",),
         PlanConfig(learned_fraction=0.2),
     ),
+    # Towers that no row feeds have no state, in the groups that they share with others too.
+    "state in host memory": (
+        ("optim.offload_state=true", "optim.offload_group_mib=1", "loop.global_batch_size=4"),
+        PlanConfig(),
+    ),
+    "state of muon in host memory": (
+        (WITH_IMAGE, "optim=muon", "optim.offload_state=true", "optim.offload_group_mib=1"),
+        PlanConfig(images_per_row=1),
+    ),
 }
 
 
@@ -53,12 +69,14 @@ def really(config: RunConfig, plan: PlanConfig) -> StepPlan:
     follower.leave_out([model.get_parameter(name) for name in host_parameters(model)])
     zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
     inputs = largest_inputs(config, plan, processing, zeros)[1]
+    optimizer = config.optim.build(model)
+    rest_on_host(optimizer, follower, uncounted)
     mixed = config.parallel.mixed_precision == "bf16"
     with accelerator_budgets():
         return follow_step(
             follower,
             model,
-            config.optim.build(model),
+            optimizer,
             inputs,
             loss_begins_after=base_model(base),
             max_grad_norm=config.loop.max_grad_norm,
@@ -138,6 +156,54 @@ def test_what_no_row_feeds_has_no_state() -> None:
     for peak in plan_memory(config, PlanConfig()).step.peaks.values():
         assert peak.by_kind["optimizer state"] == expected
         assert sum(peak.by_kind.values()) == peak.total_bytes
+
+
+def blocks_by_hand(config: RunConfig, group_bytes: int) -> list[int]:
+    """Bytes of each group of AdamW's state in a block, parameters in the order of the optimizer."""
+    base = load_model(config.model, load_processing(config.model), seed=0, without_weights=True)
+    groups = group(find_trained(base), lr=1.0, part_lrs={}, weight_decay=config.optim.weight_decay)
+    found, held, room = [], 0, 0
+    for parameter in (p for each in groups for p in each["params"]):
+        moment = 4 * parameter.numel()
+        # Two moments and a count of steps; five tensors at most, of 256 bytes more than they need.
+        wanted = 2 * moment + 5 * 256
+        if room and room + wanted > group_bytes:
+            found.append(held)
+            held = room = 0
+        room += wanted
+        held += 2 * (-(-moment // 256) * 256) + 256
+    return [*found, held]
+
+
+def test_state_in_host_memory_is_on_the_device_two_groups_at_a_time() -> None:
+    arguments = (*SMALL, WITH_IMAGE, "loop.global_batch_size=2")
+    settings = PlanConfig(images_per_row=1)
+    offloaded = ("optim.offload_state=true", "optim.offload_group_mib=1")
+    without = plan_memory(compose(*arguments), settings)
+    config = compose(*arguments, *offloaded)
+    plan = plan_memory(config, settings)
+    blocks = blocks_by_hand(config, 2**20)
+    assert len(blocks) > 8 and plan.host_state_bytes == sum(blocks)
+    buffers = sum(-(-max(blocks[slot::2]) // 512) * 512 for slot in (0, 1))
+    assert plan.step.peaks["optimizer"].by_kind["optimizer state"] == buffers
+    state = without.step.peaks["optimizer"].by_kind["optimizer state"]
+    for phase, peak in plan.step.peaks.items():
+        before = without.step.peaks[phase]
+        there, clipping = 0, 0
+        if phase == "optimizer":  # what clipping takes is gone when the first group comes
+            there, clipping = buffers, before.by_kind["optimizer"]
+        assert peak.total_bytes == before.total_bytes - state - clipping + there, phase
+        assert peak.by_kind.get("optimizer state", 0) == there
+        assert sum(peak.by_kind.values()) == peak.total_bytes
+    assert without.host_state_bytes == 0
+    page = Console(width=100, file=io.StringIO())
+    page.print(plan_page(plan))
+    assert "optimizer state: 0.01 GiB, in host memory" in page.file.getvalue()
+    assert plan_document(plan, [])["host_state_bytes"] == sum(blocks)
+    # For a run on the CPU it is where everything is.
+    on_cpu = plan_memory(config, replace(settings, device="cpu"))
+    assert on_cpu.host_state_bytes == 0
+    assert on_cpu.step.peaks["forward"].by_kind["optimizer state"] == state
 
 
 def test_a_streamed_tower_has_two_layers_on_the_gpu_while_it_runs() -> None:
@@ -267,6 +333,16 @@ def test_fewer_bits_are_proposed_where_their_library_is(
     assert proposed("adapter=lora", "parallel=fsdp2") == set()
 
 
+def test_state_in_host_memory_is_proposed_where_all_is_trained() -> None:
+    def proposed(*arguments: str) -> bool:
+        changes = proposals._changes(compose(*arguments), False)
+        return "optim.offload_state=true" in {change.override for change in changes}
+
+    assert proposed() and proposed("optim=muon") and proposed("parallel=fsdp2")
+    assert not proposed("optim.offload_state=true")
+    assert not proposed("adapter=lora"), "whose state is small"
+
+
 def test_changes_are_planned_until_the_run_fits() -> None:
     arguments = (
         "loop.micro_batch_size=4",
@@ -304,6 +380,7 @@ def test_nothing_is_promised_where_nothing_fits(monkeypatch: pytest.MonkeyPatch)
     assert {o.partition("=")[0] for (o,) in asked} == {
         "model.gradient_checkpointing",
         "loop.micro_batch_size",
+        "optim.offload_state",
         "parallel.mixed_precision",
         "model.freeze",
         "adapter",

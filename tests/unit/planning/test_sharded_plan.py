@@ -116,6 +116,32 @@ def test_auto_is_decided_by_the_memory_of_the_devices(
     assert found.name == name and reason in found.reason
 
 
+def test_state_in_host_memory_is_not_counted_in_that_choice() -> None:
+    """It leaves weights and gradients: 0.010 GiB of 60% of 0.03."""
+    config = compose(*SMALL, "optim.offload_state=true")
+    plan = PlanConfig(world_size=2, device_memory_gib=0.03)
+    found = memory_plan.planned_strategy(config, plan, memory_plan.processing_for_plan(config))
+    assert found.name == "ddp" and "60% of the smallest GPU" in found.reason
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_of_shares_in_host_memory(kind: str) -> None:
+    keys = (*SHARDED, "data.max_length=96", f"optim={kind}")
+    settings = PlanConfig(world_size=2, images_per_row=1)
+    here, there = (
+        plan_memory(compose(*keys, *more), settings)
+        for more in ((), ("optim.offload_state=true", "optim.offload_group_mib=1"))
+    )
+    state = here.step.peaks["forward"].by_kind["optimizer state"]
+    assert there.step.peaks["forward"].by_kind.get("optimizer state", 0) == 0
+    saved = here.step.peaks["forward"].total_bytes - there.step.peaks["forward"].total_bytes
+    assert saved == state
+    # Padded to 256 bytes there, and to 512 here.
+    assert 0.9 * state < there.host_state_bytes < state
+    buffers = there.step.peaks["optimizer"].by_kind["optimizer state"]
+    assert 2**19 < buffers < 2 * 2**20 < state
+
+
 def test_shards_are_proposed_where_there_are_processes() -> None:
     copied = plan_memory(compose(*SMALL), PlanConfig(world_size=4))
     sharded = plan_memory(compose(*SHARDED), PlanConfig(world_size=4))
