@@ -74,6 +74,13 @@ def test_it_is_the_model_that_transformers_reads(
     assert base_identity(held_otherwise) != identity  # the hash is of values as they are held
 
 
+def test_an_audio_tower_is_left_out(tmp_path: Path) -> None:
+    folder = save("e2b", tmp_path, torch.bfloat16)
+    whole, unread = read_both(folder, dtype="bfloat16", audio_tower=False)
+    check_same(whole, unread)
+    assert not any("audio" in name for name, _ in unread.model.named_parameters())
+
+
 def test_names_are_for_transformers_to_map(tmp_path: Path) -> None:
     """A checkpoint of the model below the head has no `model.` in its names."""
     folder = save("e2b", tmp_path, torch.bfloat16)
