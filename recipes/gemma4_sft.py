@@ -46,7 +46,7 @@ from gemtune.models import (
     trained_modalities,
 )
 from gemtune.pages import closing_page, first_loss_lines, start_page
-from gemtune.parallel.construction import build_base, choose_strategy, rebuild_around
+from gemtune.parallel.construction import Base, build_base, choose_strategy, rebuild_around
 from gemtune.patches.host_memory import host_parameters
 from gemtune.reporting import Reporter
 from gemtune.run_files import MODEL_FOLDER
@@ -75,8 +75,8 @@ class Stages:
     batches: BatchStream
     """This rank's micro-batches of every step."""
     eval_rows: ChatDataset
-    base: nn.Module
-    """The Gemma 4 itself, patched."""
+    loaded: Base
+    """The Gemma 4 itself, patched, and how its weights come to the processes."""
     report: patches.PatchReport
     model: nn.Module
     """`base`, or an adapter around it."""
@@ -87,6 +87,11 @@ class Stages:
     """Of this process before the model was built."""
     metrics: Metrics
     """Of generated answers."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The Gemma 4 itself, patched."""
+        return self.loaded.model
 
 
 def run(config: RunConfig) -> int:
@@ -228,21 +233,23 @@ def build(config: RunConfig, runtime: Runtime, screen: Screen) -> Stages:
     num_steps = config.loop.num_steps(batches.num_rows)
     runtime.strategy = choose_strategy(config, runtime, processing)
     before_gib = resident_gib()
-    base = build_base(config, runtime, processing)
+    loaded = build_base(config, runtime, processing)
+    base = loaded.model
     report = patches.apply(base, config.patches)
     if config.data.packing:
         separate_documents(base)
     if config.model.neftune_alpha is not None:
         EmbeddingNoise(base, config.model.neftune_alpha)
-    model = adapters.attach(base, config.adapter, runtime.device)
-    # Sharded, rank 0 alone has weights to tell.
-    identity = runtime.collect([base_identity(model)])[0]
+    model = loaded.attach(config.adapter, runtime.device)
+    # Sharded, rank 0 alone tells: it has the weights, or looks into their files.
+    stored = loaded.stored if runtime.is_main else {}
+    identity = runtime.collect([base_identity(model, stored)])[0]
     return Stages(
         processing,
         train_rows,
         batches,
         eval_rows,
-        base,
+        loaded,
         report,
         model,
         identity,
@@ -263,7 +270,9 @@ def open_session(
     """Distribute -> restore -> open the run folder, its metrics and the dashboard."""
     trained = trained_modalities(stages.model)
     on_host = host_parameters(stages.model)
-    model = runtime.distribute(stages.model, on_host=on_host, base=stages.base)
+    model = runtime.distribute(
+        stages.model, on_host=on_host, base=stages.base, stored=stages.loaded.stored
+    )
     if runtime.is_sharded:
         encode_images_in_forward(stages.base)
     optimizer = config.optim.build(stages.model)

@@ -11,10 +11,14 @@ _COMMIT = "a" * 40
 
 
 class FakeHub:
-    """Datasets by name: path of a file -> its bytes. `asked` has (method, path, range)."""
+    """Datasets, and `models`, by name: path of a file -> its bytes.
+
+    `asked` has (method, path, range).
+    """
 
     def __init__(self, monkeypatch, folder):
         self.repositories = {}
+        self.models = {}
         self.asked = []
         self.fault = None  # an exception or a status for every request
         # Whatever library this release of the client speaks HTTP with.
@@ -52,15 +56,17 @@ class FakeHub:
             raise self.fault
         if self.fault is not None:
             return self._http.Response(self.fault, json={"error": "no"})
-        for name, files in self.repositories.items():
-            if path.startswith(f"/api/datasets/{name}"):
+        named = [("datasets", "/datasets", *each) for each in self.repositories.items()]
+        named += [("models", "", *each) for each in self.models.items()]
+        for kind, prefix, name, files in named:
+            if path.startswith(f"/api/{kind}/{name}"):
                 if "/tree/" in path:
                     return self._http.Response(200, json=[_entry(*file) for file in files.items()])
                 siblings = [{"rfilename": file} for file in files]
                 return self._http.Response(
                     200, json={"id": name, "sha": _COMMIT, "siblings": siblings, "tags": []}
                 )
-            if path.startswith(f"/datasets/{name}/resolve/"):
+            if path.startswith(f"{prefix}/{name}/resolve/"):
                 file = path.split("/resolve/")[1].split("/", 1)[1]
                 if file in files:
                     return self._file(files[file], request.method, byte_range)

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils._pytree import tree_leaves, tree_map_only
 from whole_runs import SMALL, compose
 
-from gemtune import adapters, patches
+from gemtune import patches
 from gemtune.attention import separate_documents
 from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import base_model, load_processing, trained_modalities
@@ -77,14 +77,15 @@ def step(overrides: tuple[str, ...], settings: PlanConfig) -> StepPlan:
         runtime = start(config.run, config.parallel)
     runtime.strategy = Strategy("fsdp2")
     processing = load_processing(config.model)
-    base = build_base(config, runtime, processing)
+    loaded = build_base(config, runtime, processing)
+    base = loaded.model
     patches.apply(base, config.patches)
     if config.data.packing:
         separate_documents(base)
-    model = adapters.attach(base, config.adapter)
+    model = loaded.attach(config.adapter, torch.device("cpu"))
     trained = trained_modalities(model)
     on_host = host_parameters(model)
-    joint = runtime.distribute(model, on_host=on_host, base=base)
+    joint = runtime.distribute(model, on_host=on_host, base=base, stored=loaded.stored)
     optimizer = config.optim.build(model)
     kinds = {"image"} if settings.images_per_row else set()
     rows = SimpleNamespace(media_kinds=kinds, media_in_every_row=kinds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from sharded_reading import sent_by_the_first
 from torch.distributed.tensor import DTensor
 from whole_runs import train_in_process
 
@@ -38,6 +40,8 @@ class Case:
     overrides: tuple[str, ...]
     goes_on_from: str | None = None
     """Another run, of which all but the oldest checkpoint is taken away first."""
+    is_sent: bool = False
+    """Whether rank 0 reads the checkpoint of the model and sends it."""
 
 
 def trains(rank: int, cases: dict[str, Case], folder: str) -> None:
@@ -61,7 +65,8 @@ def trains(rank: int, cases: dict[str, Case], folder: str) -> None:
             for gone in (*later, run_dir / "run" / "model"):
                 shutil.rmtree(gone)
         dist.barrier()
-        with mock.patch.object(recipe, "conclude", conclude_and_keep):
+        weights = sent_by_the_first() if case.is_sent else nullcontext()
+        with mock.patch.object(recipe, "conclude", conclude_and_keep), weights:
             train_in_process(*COMMON, *case.overrides, run_dir=run_dir)
 
 

@@ -13,6 +13,7 @@ from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
 from gemtune.loop import Session
 from gemtune.models import Processing, leaves_out_audio, part_parameters
+from gemtune.parallel.construction import Base
 from gemtune.patches import PatchReport
 from gemtune.preview import media_counts
 from gemtune.run_files import REPORT_FILE
@@ -28,6 +29,7 @@ class _Built(Protocol):
     batches: BatchStream
     eval_rows: ChatDataset
     base: nn.Module
+    loaded: Base
     report: PatchReport
     model: nn.Module
 
@@ -51,6 +53,8 @@ def start_page(
         *_offload_notice(config, runtime),
         ("processes", runtime.strategy.describe(runtime.world_size), ""),
     ]
+    if built.loaded.reading:
+        rows.append(("weights", built.loaded.reading, ""))
     for number, row in enumerate(built.report.rows):
         text = f"{row.name}: {row.status} ({row.reason})"
         rows.append(("patches" if not number else "", text, row.status))

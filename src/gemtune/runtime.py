@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gemtune.errors import ConfigError
+from gemtune.models.stored import StoredTensor
 from gemtune.options import option, require_range
 from gemtune.parallel import ParallelConfig, Strategy, refuse_foreign_sharding
 from gemtune.parallel.fsdp import shard_model
@@ -85,6 +86,10 @@ class Runtime:
         return self.accelerator.is_main_process
 
     @property
+    def is_first_on_machine(self) -> bool:
+        return self.accelerator.is_local_main_process
+
+    @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
@@ -94,6 +99,7 @@ class Runtime:
         *,
         on_host: Sequence[str] = (),
         base: nn.Module | None = None,
+        stored: Mapping[nn.Parameter, StoredTensor] | None = None,
     ) -> nn.Module:
         """On the device, under autocast where asked, and wrapped for DDP or sharded (FSDP2) where
         there are processes. Optimizers are made after it: sharding replaces the parameters.
@@ -101,7 +107,8 @@ class Runtime:
         DDP waits for ever for a parameter that got no gradient on one rank: `models.StandIns` sees
         to it that each gets one. `on_host` are the names
         of frozen parameters that stay in host memory. FSDP2 shards `base`, which holds all
-        parameters: `model` itself, or what an adapter is around.
+        parameters: `model` itself, or what an adapter is around. Parameters that are `stored` in
+        files are read by each rank, the others come from rank 0.
         """
         if self.is_sharded:
             shard_model(
@@ -110,6 +117,7 @@ class Runtime:
                 self.device,
                 on_host=on_host,
                 mixed_precision=self.accelerator.mixed_precision,
+                stored=stored or {},
             )
             # Autocast; not DDP's wrapper.
             return self.accelerator.prepare_model(

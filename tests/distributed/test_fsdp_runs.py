@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ LORA = (
 )
 READ = (
     "loop.max_steps=4",
+    "checkpoint.every_steps=2",
     "recipe=gemma4_lora",
     "model.weights=pretrained",
     "model.dtype=bfloat16",
@@ -52,6 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
     folder = tmp_path_factory.mktemp("runs")
+    path = f"model.path={folder}/full on 2/run/model"
+    read = (*READ, path, SHARDED, SILENT)
     on_two = {
         "full on 2": Case((*FULL, SHARDED, SILENT)),
         "gone on": Case((*FULL, SHARDED, SILENT), goes_on_from="full on 2"),
@@ -59,7 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pat
         "muon": Case((*MUON, SHARDED, SILENT)),
         "muon gone on": Case((*MUON, SHARDED, SILENT), goes_on_from="muon"),
         "lora": Case((*LORA, SHARDED)),
-        "read": Case((*READ, f"model.path={folder}/full on 2/run/model", SHARDED, SILENT)),
+        "read": Case(read),
+        "sent": Case(read, is_sent=True),
+        "gone on from sent": Case(read, goes_on_from="sent"),
         "mostly text": Case((*data, SHARDED)),
         "mostly text under ddp": Case((*data, "parallel=ddp", SILENT)),
     }
@@ -135,6 +141,15 @@ def test_adapters_on_a_checkpoint_in_bfloat16(runs: Path, train_run: TrainRun) -
     assert "dtype: bfloat16" in (run.path / "config.yaml").read_text()
     assert run.losses() == pytest.approx(alone.losses(), rel=1e-2)
     assert run.losses()[1] == pytest.approx(alone.losses()[1], rel=1e-6)
+
+
+def test_a_checkpoint_does_not_know_how_its_base_was_read(runs: Path) -> None:
+    """Read in parts, sent by the first rank, and the one gone on from the other's checkpoint."""
+    folders = [RunFolder(runs / name / "run", 0) for name in ("read", "sent", "gone on from sent")]
+    assert all(run.losses() == folders[0].losses() for run in folders)
+    assert all(run.training_state() == folders[0].training_state() for run in folders)
+    documents = [json.loads((run.checkpoints()[-1] / "state.json").read_text()) for run in folders]
+    assert documents[0]["base"]["frozen_weights"] == documents[1]["base"]["frozen_weights"]
 
 
 def test_steps_without_an_image(runs: Path, train_run: TrainRun, data: tuple[str, ...]) -> None:

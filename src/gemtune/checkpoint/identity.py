@@ -6,12 +6,16 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+
+from gemtune.models.stored import StoredTensor
 
 _SAMPLES = 64  # values of each parameter
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "safetensors")
@@ -20,26 +24,35 @@ _INCIDENTAL = frozenset(
     {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "_attn_implementation"}
 )
 
+_NOT_STORED: Mapping[nn.Parameter, StoredTensor] = MappingProxyType({})
 
-def base_identity(model: nn.Module) -> dict[str, str] | None:
+
+def base_identity(
+    model: nn.Module, stored: Mapping[nn.Parameter, StoredTensor] = _NOT_STORED
+) -> dict[str, str] | None:
     """What the frozen parameters are: hashes of their names, shapes, types and of 64 values each.
 
     A checkpoint holds what is trained, so the rest must be the same when the run goes on: another
     base under the same path would be learned on without a word. A fine-tuned variant differs in
-    its values and not in its index, hence the values. None where they are on no device yet (meta).
+    its values and not in its index, hence the values. Those of a parameter on meta that is `stored`
+    in a file are read there, which gives the same. None where another one is on meta.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             continue
-        if parameter.is_meta:
+        if parameter.is_meta and parameter not in stored:
             return None
         kind = str(parameter.dtype).removeprefix("torch.")
         digest.update(f"{name} {kind} {list(parameter.shape)}\n".encode())
         for tensor in _plain(parameter.detach()):
-            flat = tensor.flatten()
-            step = max(1, flat.numel() // _SAMPLES)
-            digest.update(flat[::step][:_SAMPLES].cpu().double().numpy().tobytes())
+            step = max(1, tensor.numel() // _SAMPLES)
+            if tensor.is_meta:
+                places = range(0, tensor.numel(), step)[:_SAMPLES]
+                values = stored[parameter].values_at(places).to(tensor.dtype)
+            else:
+                values = tensor.flatten()[::step][:_SAMPLES]
+            digest.update(values.cpu().double().numpy().tobytes())
     return {"config": _config_hash(model), "frozen_weights": digest.hexdigest()}
 
 

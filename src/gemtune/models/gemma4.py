@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.resources
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from gemtune.models.audio_tower import (
 )
 from gemtune.models.media import other_media
 from gemtune.models.parts import PARTS, freeze
+from gemtune.models.stored import cached_path
 from gemtune.options import option, require_choice, require_range
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,6 +77,11 @@ class ModelConfig:
         for part in self.freeze:
             require_choice("model.freeze", part, PARTS)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the weights, once "auto" is decided."""
+        return _DTYPES[self.dtype]
+
     def resolve_dtype(self, *, frozen: bool) -> None:
         """Decide "auto". AdamW in bfloat16 rounds most updates of a trained weight away."""
         if self.dtype == "auto":
@@ -121,7 +128,7 @@ def load_processing(config: ModelConfig) -> Processing:
             f"{source} has no chat template (base models ship none). Use the instruction-tuned "
             "checkpoint (its name ends in -it), or copy its chat_template.jinja there."
         )
-    processor_file = _processor_file(source, hub)
+    processor_file = cached_path(source, "processor_config.json", hub)
     others = _read(
         source,
         lambda: other_media(tokenizer, model_config, processor_file, hears=config.audio_tower),
@@ -145,6 +152,11 @@ def load_model(
             model = _skeleton(config, processing)
     else:
         model = _build(config, processing, seed)
+    return finished(model, config)
+
+
+def finished(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """The model as it is trained: parts frozen, layers recomputed where asked, training mode."""
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
         # Reentrant checkpointing gives wrong gradients with KV sharing (unsloth-zoo#813).
@@ -187,21 +199,27 @@ def put_back_audio_tower(
 
 def _skeleton(config: ModelConfig, processing: Processing) -> nn.Module:
     """A model of the configuration, on torch's default device."""
-    from transformers import Gemma4ForConditionalGeneration, GenerationConfig
+    from transformers import Gemma4ForConditionalGeneration
 
     model_config = copy.deepcopy(processing.model_config)
     model_config._attn_implementation = _attention(config)
     model = Gemma4ForConditionalGeneration(model_config)
     if leaves_out_audio(config, processing):
         leave_out_audio(model)  # and not before: a seed gives the rest the same weights
+    _set_generation(model, processing)
+    # Parameters only: buffers such as the RoPE frequencies lose accuracy in bfloat16.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(config.torch_dtype)
+    return model
+
+
+def _set_generation(model: nn.Module, processing: Processing) -> None:
+    from transformers import GenerationConfig
+
     with contextlib.suppress(OSError):  # a checkpoint without one has the settings of its config
         model.generation_config = GenerationConfig.from_pretrained(
             processing.source, **processing.hub_options
         )
-    # Parameters only: buffers such as the RoPE frequencies lose accuracy in bfloat16.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(_DTYPES[config.dtype])
-    return model
 
 
 def _attention(config: ModelConfig) -> dict[str, str]:
@@ -210,35 +228,54 @@ def _attention(config: ModelConfig) -> dict[str, str]:
 
 
 def _build(config: ModelConfig, processing: Processing, seed: int) -> nn.Module:
-    from transformers import Gemma4ForConditionalGeneration
-
-    source, hub, model_config = processing.source, processing.hub_options, processing.model_config
     if config.weights == "random":
         torch.manual_seed(seed)
         return _skeleton(config, processing)
+    return from_checkpoint(config, processing)
+
+
+def from_checkpoint(
+    config: ModelConfig, processing: Processing, state_dict: dict[str, Any] | None = None
+) -> nn.Module:
+    """What transformers makes of the checkpoint, or of a `state_dict` as a checkpoint has it.
+
+    Raises:
+        ModelError: it cannot be read, lacks some of the weights, or has them in another shape.
+    """
+    from transformers import Gemma4ForConditionalGeneration
+
+    source, hub, model_config = processing.source, processing.hub_options, processing.model_config
     unread: Any = contextlib.nullcontext()
     if leaves_out_audio(config, processing):
         # Now, and not when the training is done: whether an export can have it again.
         _read(source, lambda: audio_files(source, hub, processing.model_config))
         unread, model_config = unread_audio(), without_audio(model_config)
-    with unread:
-        model, found = _read(
-            source,
-            lambda: Gemma4ForConditionalGeneration.from_pretrained(
-                source,
-                config=model_config,
-                dtype=_DTYPES[config.dtype],
-                attn_implementation=_attention(config),
-                output_loading_info=True,
-                **hub,
-            ),
+    where, options = (source, hub) if state_dict is None else (None, {})
+    with unread, reading_errors(source):
+        model, found = Gemma4ForConditionalGeneration.from_pretrained(
+            where,
+            config=model_config,
+            dtype=config.torch_dtype,
+            attn_implementation=_attention(config),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
+            state_dict=state_dict,
+            **options,
         )
+    if state_dict is not None:
+        _set_generation(model, processing)
+    # transformers would go on with random values in the place of both.
     if found["missing_keys"]:
-        # transformers would go on with random values in their place.
         missing = sorted(found["missing_keys"])
         raise ModelError(
             f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]}: the "
             "download is incomplete, or config.json belongs to another checkpoint."
+        )
+    if found["mismatched_keys"]:
+        name, there, wanted = min(found["mismatched_keys"])
+        raise ModelError(
+            f"{source} has {name} as {list(there)} where config.json says {list(wanted)}: it "
+            "belongs to another checkpoint."
         )
     return model
 
@@ -274,15 +311,6 @@ def _refuse_wrong_masks(model_config: Any) -> None:
         )
 
 
-def _processor_file(source: str, hub: dict[str, str]) -> Path | None:
-    from transformers.utils import cached_file
-
-    try:
-        return Path(cached_file(source, "processor_config.json", **hub))
-    except OSError:
-        return None
-
-
 def _resolve(path: str) -> str:
     if path.startswith(_BUNDLED):
         folder = Path(str(importlib.resources.files("gemtune"))) / "assets"
@@ -308,9 +336,15 @@ def _resolve(path: str) -> str:
 
 
 def _read(source: str, read: Any) -> Any:
-    """`read()`, with what can go wrong on the way to the hub or in a folder put in plain words."""
-    try:
+    with reading_errors(source):
         return read()
+
+
+@contextlib.contextmanager
+def reading_errors(source: str) -> Iterator[None]:
+    """What can go wrong on the way to the hub or in a folder, put in plain words."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if Path(source).is_dir():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from gemtune.adapters import Qlora, attach
+from gemtune.adapters import Adapter, Dora, Qlora, attach
+from gemtune.errors import ModelError
 from gemtune.models import Processing, load_model, part_of
+from gemtune.models.gemma4 import reading_errors
+from gemtune.models.stored import StoredTensor, mark_of, weight_files
+from gemtune.models.unread import UnreadModel, load_unread, needs_transformers
 from gemtune.parallel.config import (
     AUTO,
     DDP,
@@ -18,6 +25,7 @@ from gemtune.parallel.config import (
     smallest_device_bytes,
     training_bytes,
 )
+from gemtune.parallel.reading import Collect, in_name_only, read_whole, together
 from gemtune.parallel.weights import give_memory, whole_on_first
 
 if TYPE_CHECKING:
@@ -26,6 +34,26 @@ if TYPE_CHECKING:
 
 # Patch -> the part whose weights it keeps in host memory.
 _HOSTED = {"vision_streaming": "vision", "ple_offload": "ple"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The Gemma 4 of a run, where this process has it before the processes meet."""
+
+    model: nn.Module
+    stored: Mapping[nn.Parameter, StoredTensor] = field(default_factory=dict)
+    """Of the parameters that no process sends: where every process reads its part of them."""
+    reading: str = ""
+    """How the weights come to the processes, for people; empty where each has all of them."""
+
+    def attach(self, adapter: Adapter, device: torch.device) -> nn.Module:
+        """`adapters.attach`; the factors have values wherever the weights around them have none.
+
+        Those of the embeddings and the tied head are views of each other for a moment, and could
+        not get memory later on.
+        """
+        with in_name_only(self.model.parameters()):
+            return attach(self.model, adapter, device)
 
 
 def choose_strategy(config: RunConfig, runtime: Runtime, processing: Processing) -> Strategy:
@@ -61,17 +89,76 @@ def bytes_of_copy(config: RunConfig, processing: Processing) -> int:
     return training_bytes(here, config.optim.device_bytes)
 
 
-def build_base(config: RunConfig, runtime: Runtime, processing: Processing) -> nn.Module:
-    """The model on the CPU; where it will be sharded, on rank 0 only, and elsewhere on meta.
+def build_base(config: RunConfig, runtime: Runtime, processing: Processing) -> Base:
+    """The model on the CPU; where it will be sharded, on meta, for every rank to read its part.
 
-    The weights that patches keep in host memory have memory on every rank, without values there.
+    The weights that patches keep in host memory have memory on every rank, and are read. Where a
+    checkpoint cannot be read in parts, and for random weights, rank 0 has the model and will send
+    it; on the other ranks there is memory, without values, for what is in host memory.
+
+    Raises:
+        ModelError: the checkpoint cannot be read; on all ranks, if it would be by parts.
     """
-    without_weights = runtime.is_sharded and not runtime.is_main
-    base = load_model(config.model, processing, config.run.seed, without_weights=without_weights)
-    if without_weights:
+    unread: UnreadModel | str = ""
+    if runtime.is_sharded and config.model.weights == "pretrained":
+        unread = load_in_parts(config, runtime, processing)
+    if not isinstance(unread, str):
+        hosted = _hosted_parameters(unread.model, config)
+        together(runtime.collect, lambda: [read_whole(p, unread.stored[p]) for p in hosted])
+        return Base(unread.model, unread.stored, "each process reads its part of them")
+    is_sent = runtime.is_sharded and not runtime.is_main
+    base = load_model(config.model, processing, config.run.seed, without_weights=is_sent)
+    if is_sent:
         for parameter in _hosted_parameters(base, config):
             give_memory(parameter, parameter.dtype, torch.device("cpu"))
-    return base
+    return Base(base, reading=f"the first process reads and sends them: {unread}" if unread else "")
+
+
+def load_in_parts(config: RunConfig, runtime: Runtime, processing: Processing) -> UnreadModel | str:
+    """The model of the checkpoint, unread on every rank; or why rank 0 has to read it, for people.
+
+    A checkpoint on the hub is downloaded once for each machine. All ranks must call it.
+
+    Raises:
+        ModelError: on all ranks, where one of them finds no checkpoint for this configuration, or
+            another one than rank 0.
+    """
+    collect, source = runtime.collect, processing.source
+    if isinstance(config.adapter, Dora):
+        return "adapter=dora starts from the norms of whole weights"
+
+    def find() -> tuple[list[Path], str | None]:
+        if reason := needs_transformers(processing):
+            return [], reason
+        with reading_errors(source):
+            files = weight_files(source, processing.hub_options)
+        return files, None if files else "the checkpoint has no safetensors"
+
+    found = together(collect, lambda: find() if runtime.is_first_on_machine else None)
+    files, reason = together(collect, lambda: found or find())
+    _refuse_others(source, collect, together(collect, lambda: mark_of(files)))
+    if reason is not None:
+        return reason
+
+    def load() -> UnreadModel | str:
+        return load_unread(config.model, processing, files)
+
+    # transformers makes up the weights that it misses before it says so: let one rank ask first.
+    first = together(collect, lambda: load() if runtime.is_main else None)
+    reason = collect([first if isinstance(first, str) else None])[0]
+    return reason or together(collect, lambda: first or load())
+
+
+def _refuse_others(source: str, collect: Collect, mark: str) -> None:
+    """Parts of two checkpoints would make a model that nobody has trained."""
+    found = collect([(source, mark)])
+    others = [(rank, place) for rank, (place, mark) in enumerate(found) if mark != found[0][1]]
+    if others:
+        rank, place = others[0]
+        raise ModelError(
+            f"rank {rank} has another checkpoint in {place} than rank 0 in {found[0][0]}. Copy the "
+            "same one to all machines, or name a commit of the hub: model.revision=COMMIT."
+        )
 
 
 def rebuild_around(model: nn.Module, config: RunConfig, processing: Processing) -> nn.Module | None:

@@ -60,12 +60,14 @@ def give_memory(parameter: nn.Parameter, dtype: torch.dtype, device: torch.devic
     It stays the same object, so that what is tied stays tied.
     """
     if parameter.is_meta:
-        empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-        torch.utils.swap_tensors(
-            parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        )
+        put_in_place_of(parameter, torch.empty(parameter.shape, dtype=dtype, device=device))
     else:
         parameter.data = parameter.data.to(device)
+
+
+def put_in_place_of(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Let the parameter be this tensor, on whatever device. It stays the same object."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
 
 
 def give_buffers_memory(model: nn.Module, blueprint: Blueprint, device: torch.device) -> None:
