@@ -12,7 +12,7 @@ from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
 from gemtune.loop import Session
-from gemtune.models import Processing, part_parameters
+from gemtune.models import Processing, kinds_of, part_parameters
 from gemtune.patches import PatchReport
 from gemtune.preview import media_counts
 from gemtune.run_files import REPORT_FILE
@@ -44,6 +44,7 @@ def start_page(
         ("", f"{total:,} parameters, {trainable:,} trainable ({trainable / total:.2%})", ""),
         ("", _by_part(parts), ""),
         *_adapter_rows(config, built.model),
+        *_recomputed(config, built),
         *_dtype_warning(config),
         *_data_rows(config, built),
         ("training", _training(config, runtime, session.num_steps), ""),
@@ -153,6 +154,20 @@ def _dtype_warning(config: RunConfig) -> Iterator[Row]:
             "",
             "warning: weights trained in bfloat16 lose small updates to rounding; "
             "model.dtype=float32 parallel.mixed_precision=bf16 keeps them",
+            "",
+        )
+
+
+def _recomputed(config: RunConfig, built: _Built) -> Iterator[Row]:
+    if config.model.gradient_checkpointing:
+        there = kinds_of(built.processing.model_config)
+        chosen = config.model.recomputed_layers or there
+        kept = ", ".join(f"{count} {kind}" for kind, count in there.items() if kind not in chosen)
+        yield (
+            "recomputed",
+            "layers: "
+            + ", ".join(f"{count} {kind}" for kind, count in there.items() if kind in chosen)
+            + (f"; kept: {kept}" if kept else ""),
             "",
         )
 

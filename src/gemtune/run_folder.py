@@ -26,6 +26,7 @@ _FREE = (
     "run.resume",
     "run.grace_seconds",
     "model.gradient_checkpointing",
+    "model.recomputed_layers",
     "tracker.",
     "checkpoint.",
     "memory.",

@@ -10,6 +10,7 @@ from gemtune.models.parts import (
     part_parameters,
     trained_modalities,
 )
+from gemtune.models.recomputation import kinds_of
 from gemtune.models.stand_in import StandIns, encode_images_in_forward
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "base_model",
     "encode_images_in_forward",
     "freeze",
+    "kinds_of",
     "load_model",
     "load_processing",
     "part_of",
