@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gemtune
 from gemtune.models import PARTS, freeze
+from gemtune.models.recomputation import recompute
 from gemtune.options import require_choice
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
@@ -74,13 +75,8 @@ def build(settings: Settings, device: torch.device, dtype: torch.dtype) -> Any:
     else:
         freeze(model, settings.frozen)
     if settings.checkpointing:
-        enable_checkpointing(model)
+        recompute(model)
     return model.train()
-
-
-def enable_checkpointing(model: Any) -> None:
-    # Reentrant checkpointing gives wrong gradients with KV sharing (unsloth-zoo#813).
-    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def add_adapters(model: nn.Module) -> None:

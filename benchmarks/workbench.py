@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from models import batch, build, enable_checkpointing
+from models import batch, build
 from saved_bytes import saved_for_backward
 from settings import Settings
 from torch import Tensor, nn
 
 from gemtune.errors import PatchError
 from gemtune.memory import PeakTracker
+from gemtune.models.recomputation import recompute
 from gemtune.patches import apply
 
 # Relative error that each dtype is allowed, in the loss and in the sampled gradients, beside twice
@@ -92,7 +93,7 @@ class Workbench:
             self.model.gradient_checkpointing_disable()
         num_bytes = saved_for_backward(self.forward, release)
         if self.settings.checkpointing:
-            enable_checkpointing(self.model)
+            recompute(self.model)
         return num_bytes, outcomes[0]
 
     def reference(self) -> Outcome:
@@ -105,7 +106,7 @@ class Workbench:
         self.cast(torch.float32)
         self.inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
         if not self.settings.checkpointing:
-            enable_checkpointing(self.model)
+            recompute(self.model)
         loss = self.step()
         found = Outcome(float(loss), self.sampled_gradients())
         if not self.settings.checkpointing:

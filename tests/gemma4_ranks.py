@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gemtune import adapters, patches
 from gemtune.adapters import Dora, Lora
 from gemtune.models import StandIns, trained_modalities
+from gemtune.models.recomputation import layers_with_kinds, recompute
 from gemtune.parallel import DDP, FSDP2
 from gemtune.parallel.fsdp import shard
 from gemtune.parallel.gradients import clip_gradients
@@ -61,6 +62,8 @@ class Case:
     """The parts of an adapter."""
     adapter: type[Lora] = Lora
     checkpointing: bool = False
+    recomputed: tuple[str, ...] | None = None
+    """Kinds of layers; None: all."""
     dtype: torch.dtype = torch.float64
     mixed_precision: str = "no"
     images: tuple[tuple[tuple[int, ...], ...], ...] = IMAGES
@@ -76,7 +79,7 @@ class Case:
         base = zoo.build(self.family, self.dtype, frozen=self.frozen, hears=self.hears)
         patches.apply(base, self.patches)
         if self.checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute(base, self.recomputed)
         model = base
         if self.lora:
             torch.manual_seed(3)
@@ -141,6 +144,7 @@ CASES = {
     "mixed precision": Case(dtype=torch.float32, mixed_precision="bf16"),
     "every kind": Case(hears=True, checkpointing=True),
     "every kind, frozen towers": Case(hears=True, frozen=("vision_tower", "audio_tower")),
+    "some recomputed": Case(hears=True, checkpointing=True, recomputed=("shared", "audio")),
     "every kind, DDP, recomputed": Case(hears=True, strategy=DDP, checkpointing=True),
     "DDP, recomputed": Case(strategy=DDP, checkpointing=True),
     "DDP, frozen tower": Case(strategy=DDP, frozen=("vision_tower",)),
@@ -204,6 +208,7 @@ def _gradients(rank: int, case: Case) -> dict[str, Any]:
     batches = case.batches(base)
     total = sum(supervised(inputs) for per_rank in batches for inputs in per_rank)
     lengths = _lengths_of_last_layer(base)
+    recomputed = _kinds_in_backward(base)
     losses, logits = [], []
     for number, per_rank in enumerate(batches):
         inputs = per_rank[rank]
@@ -226,6 +231,7 @@ def _gradients(rank: int, case: Case) -> dict[str, Any]:
             whole_on_first((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
         ),
         "before": before,
+        "recomputed": recomputed,
     }
     found["norm"] = float(clip_gradients(model.parameters(), MAX_NORM))
     found["clipped"] = dict(
@@ -252,3 +258,17 @@ def _lengths_of_last_layer(base: Any) -> list[int]:
     for layer in base.model.language_model.layers:
         layer.mlp.register_forward_pre_hook(note)
     return lengths
+
+
+def _kinds_in_backward(base: Any) -> set[str]:
+    """Filled with the kinds of layers that run within backward passes."""
+    kinds: set[str] = set()
+    for kind, layer in layers_with_kinds(base):
+
+        def note(*_: Any, kind: str = kind) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                kinds.add(kind)
+
+        first = layer.feed_forward1 if kind == "audio" else layer.input_layernorm
+        first.register_forward_pre_hook(note)
+    return kinds

@@ -12,7 +12,7 @@ from gemtune.config import RunConfig
 from gemtune.console import Row, relative
 from gemtune.data import BatchStream, ChatDataset, StreamedDataset
 from gemtune.loop import Session
-from gemtune.models import Processing, leaves_out_audio, part_parameters
+from gemtune.models import Processing, kinds_of, leaves_out_audio, part_parameters
 from gemtune.parallel.construction import Base
 from gemtune.patches import PatchReport
 from gemtune.preview import media_counts
@@ -47,6 +47,7 @@ def start_page(
         ("", _by_part(parts), ""),
         *_audio_rows(config, built.processing),
         *_adapter_rows(config, built.model),
+        *_recomputed(config, built),
         *_dtype_warning(config),
         *_data_rows(config, built),
         ("training", _training(config, runtime, session.num_steps), ""),
@@ -173,6 +174,20 @@ def _offload_notice(config: RunConfig, runtime: Runtime) -> Iterator[Row]:
     if config.optim.offload_state and runtime.device.type == "cpu":
         text = "optim.offload_state=true saves nothing here: on a CPU all state is in host memory"
         yield "", text, ""
+
+
+def _recomputed(config: RunConfig, built: _Built) -> Iterator[Row]:
+    if config.model.gradient_checkpointing:
+        there = kinds_of(built.base.config)
+        chosen = config.model.recomputed_layers or there
+        kept = ", ".join(f"{count} {kind}" for kind, count in there.items() if kind not in chosen)
+        yield (
+            "recomputed",
+            "layers: "
+            + ", ".join(f"{count} {kind}" for kind, count in there.items() if kind in chosen)
+            + (f"; kept: {kept}" if kept else ""),
+            "",
+        )
 
 
 def _adapter_rows(config: RunConfig, model: nn.Module) -> Iterator[Row]:

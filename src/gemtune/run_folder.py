@@ -27,6 +27,7 @@ _FREE = (
     "run.grace_seconds",
     "model.gradient_checkpointing",
     "optim.offload_",
+    "model.recomputed_layers",
     "tracker.",
     "checkpoint.",
     "memory.",

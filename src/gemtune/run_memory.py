@@ -155,6 +155,7 @@ def _advice(config: RunConfig, runtime: Runtime) -> list[str]:
         micro_batch_size=config.loop.micro_batch_size,
         max_length=config.data.max_length,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        recomputes_all=config.model.recomputed_layers is None,
         patches_off=[name for name in candidates if name not in config.patches],
         adapter=type(config.adapter) is not Adapter,
         world_size=runtime.world_size,

@@ -74,6 +74,24 @@ def test_shards_hold_the_values_of_rank_0(name: str, found: list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_layers_are_recomputed_where_that_was_chosen(
+    name: str, found: list[dict[str, Any]]
+) -> None:
+    case = CASES[name]
+    chosen = case.recomputed or ("sliding", "full", "shared", "vision", "audio")
+    for finding in found:
+        kinds = finding[name]["recomputed"]
+        assert kinds == (set(chosen) & kinds_of(case) if case.checkpointing else set())
+
+
+def kinds_of(case: Case) -> set[str]:
+    """Of the layers in which something is trained."""
+    kinds = {"sliding", "full"} | ({"shared"} if case.family in SHARING_FAMILIES else set())
+    has_vision = not case.lora or "vision" in case.lora
+    return kinds | ({"vision"} if has_vision else set()) | ({"audio"} if case.hears else set())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_patches_stay_active(name: str, found: list[dict[str, Any]]) -> None:
     case = CASES[name]
     is_patched = case.patches is None

@@ -257,7 +257,10 @@ def test_another_configuration_is_refused(train_run: TrainRun, copied: RunFolder
 
 
 def test_what_decides_nothing_may_change(
-    train_run: TrainRun, finished_run: RunFolder, copied: RunFolder
+    train_run: TrainRun,
+    finished_run: RunFolder,
+    copied: RunFolder,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     shutil.rmtree(copied.checkpoints()[-1])
     shutil.move(copied.path, copied.path.with_name("renamed"))
@@ -270,7 +273,10 @@ def test_what_decides_nothing_may_change(
         "loop.eval_every_steps=1",
         "data.num_workers=1",
         "model.gradient_checkpointing=true",
+        "model.recomputed_layers=[sliding,vision]",
     )
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "recomputed layers: 2 sliding, 3 vision; kept: 1 full, 3 shared" in said
     # Of step 3 the evaluation loss is known, and the lowest there is.
     assert [p.name for p in resumed.checkpoints()] == ["step_00000003", "step_00000004"]
     assert resumed.losses() == pytest.approx(finished_run.losses(), rel=1e-4)

@@ -212,6 +212,7 @@ def advice(
     micro_batch_size: int,
     max_length: int,
     gradient_checkpointing: bool,
+    recomputes_all: bool,
     patches_off: Sequence[str],
     adapter: bool,
     world_size: int,
@@ -231,6 +232,8 @@ def advice(
         )
     if not gradient_checkpointing:
         found.append("model.gradient_checkpointing=true: activations are computed twice, not kept")
+    elif not recomputes_all:
+        found.append("without model.recomputed_layers: every layer's activations, not some layers'")
     if patches_off:
         found.append(f"patches that are off and save memory: {', '.join(patches_off)}")
     if state_on_gpu and not adapter:

@@ -18,6 +18,7 @@ from gemtune.models.parts import (
     part_parameters,
     trained_modalities,
 )
+from gemtune.models.recomputation import kinds_of
 from gemtune.models.stand_in import StandIns, encode_images_in_forward
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "encode_images_in_forward",
     "freeze",
     "has_audio_tower",
+    "kinds_of",
     "leaves_out_audio",
     "load_model",
     "load_processing",

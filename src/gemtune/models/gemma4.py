@@ -29,6 +29,7 @@ from gemtune.models.audio_tower import (
 )
 from gemtune.models.media import other_media
 from gemtune.models.parts import PARTS, freeze
+from gemtune.models.recomputation import KINDS, recompute, require_kinds
 from gemtune.models.stored import cached_path
 from gemtune.options import option, require_choice, require_range
 
@@ -54,6 +55,11 @@ class ModelConfig:
     gradient_checkpointing: bool = option(
         False, "recompute each layer in backward (non-reentrant): less memory, about 1/3 more time"
     )
+    recomputed_layers: list[str] | None = option(
+        None,
+        f"with gradient_checkpointing, only these kinds of layers, of {', '.join(KINDS)} (those "
+        "that share keys and values, whatever they see); null: all",
+    )
     audio_tower: bool = option(
         True,
         "false: E2B's and E4B's audio tower with its projector is not loaded, 0.6 GiB in bfloat16; "
@@ -76,6 +82,24 @@ class ModelConfig:
         require_range("model.neftune_alpha", self.neftune_alpha, above=0)
         for part in self.freeze:
             require_choice("model.freeze", part, PARTS)
+        self._check_recomputed_layers()
+
+    def _check_recomputed_layers(self) -> None:
+        if self.recomputed_layers is None:
+            return
+        for kind in self.recomputed_layers:
+            require_choice("model.recomputed_layers", kind, KINDS)
+        named = f"model.recomputed_layers=[{','.join(self.recomputed_layers)}]"
+        if not self.recomputed_layers:
+            raise ConfigError(
+                f"{named} names no layers. Name kinds of {', '.join(KINDS)}, or recompute nothing "
+                "with model.gradient_checkpointing=false and without this key."
+            )
+        if not self.gradient_checkpointing:
+            raise ConfigError(
+                f"{named} chooses among layers that nothing recomputes. Add "
+                "model.gradient_checkpointing=true, or leave it out."
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -111,6 +135,7 @@ def load_processing(config: ModelConfig) -> Processing:
 
     Raises:
         ModelError: nothing there, no access, not a Gemma 4, or no chat template.
+        ConfigError: `recomputed_layers` names a kind of layers that this Gemma 4 lacks.
     """
     from transformers import AutoTokenizer
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
@@ -121,6 +146,8 @@ def load_processing(config: ModelConfig) -> Processing:
     source = _resolve(config.path)
     hub = {} if Path(source).is_dir() else {"revision": config.revision}
     model_config = _read(source, lambda: _read_model_config(source, hub))
+    built_as = model_config if config.audio_tower else without_audio(model_config)
+    require_kinds(config.recomputed_layers, built_as)
     tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, **hub))
     image_processor = _read(source, lambda: Gemma4ImageProcessorPil.from_pretrained(source, **hub))
     if not tokenizer.chat_template:
@@ -145,6 +172,7 @@ def load_model(
 
     Raises:
         ModelError: the weights cannot be read.
+        ConfigError: `recomputed_layers` names a kind of layers that the model lacks.
     """
     config.resolve_dtype(frozen=False)  # unless that was decided before
     if without_weights:
@@ -159,8 +187,7 @@ def finished(model: nn.Module, config: ModelConfig) -> nn.Module:
     """The model as it is trained: parts frozen, layers recomputed where asked, training mode."""
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
-        # Reentrant checkpointing gives wrong gradients with KV sharing (unsloth-zoo#813).
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model, config.recomputed_layers)
     return model.train()
 
 

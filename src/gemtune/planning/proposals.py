@@ -100,6 +100,8 @@ def _changes(config: RunConfig, planned: MemoryPlan) -> Iterator[_Change]:
         yield _set(f"parallel={FSDP2}", cost)
     if not config.model.gradient_checkpointing:
         yield _set("model.gradient_checkpointing=true", "layers computed twice: 1/3 more time")
+    elif config.model.recomputed_layers is not None:
+        yield _set("model.recomputed_layers=null", "the other layers computed twice as well")
     if config.loop.micro_batch_size > 1:
         size = config.loop.micro_batch_size // 2
         yield _set(f"loop.micro_batch_size={size}", "the same gradients, in more, smaller passes")

@@ -183,6 +183,7 @@ def test_advice_depends_on_what_is_on() -> None:
         "micro_batch_size": 4,
         "max_length": 2048,
         "gradient_checkpointing": False,
+        "recomputes_all": True,
         "patches_off": ["rms_norm"],
         "adapter": False,
         "world_size": 2,
@@ -203,3 +204,5 @@ def test_advice_depends_on_what_is_on() -> None:
         "sharded": True,
     }
     assert [line.split()[0] for line in advice(**done)] == ["data.max_length"]
+    some = advice(**done | {"recomputes_all": False})
+    assert some[0].startswith("without model.recomputed_layers:") and len(some) == 2

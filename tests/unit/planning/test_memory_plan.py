@@ -41,6 +41,10 @@ CASES: dict[str, tuple[tuple[str, ...], PlanConfig]] = {
         (WITH_IMAGE, "model.gradient_checkpointing=true", "parallel.mixed_precision=bf16"),
         PlanConfig(images_per_row=1),
     ),
+    "some layers recomputed": (
+        (WITH_IMAGE, "model.gradient_checkpointing=true", "model.recomputed_layers=[full,vision]"),
+        PlanConfig(images_per_row=1, learned_fraction=0.3),
+    ),
     "lora": (
         ("recipe=gemma4_lora", "model.freeze=[ple,vision]", "data.packing=true")
         + ("patches=[linear_cross_entropy,supervised_positions,ple_offload]",),
@@ -107,6 +111,30 @@ def test_the_plan_of_experts_is_their_step(tmp_path: Path, recipe: str) -> None:
     for phase, peak in found.peaks.items():
         assert planned.peaks[phase].total_bytes == peak.total_bytes, phase
         assert planned.peaks[phase].by_kind == peak.by_kind, phase
+
+
+def test_each_kind_of_layers_that_is_recomputed_takes_less() -> None:
+    on = "model.gradient_checkpointing=true"
+
+    def peak(images: int, *keys: str) -> int:
+        config = compose("loop.micro_batch_size=16", WITH_IMAGE, *keys)
+        return plan_memory(config, PlanConfig(images_per_row=images)).peak_bytes
+
+    none, all_of_them = peak(0), peak(0, on)
+    kinds = ("sliding", "full", "shared")
+    each = {kind: peak(0, on, f"model.recomputed_layers=[{kind}]") for kind in kinds}
+    assert all(all_of_them < one < none for one in each.values()), each
+    # Beside what images keep, that of text is nothing here.
+    assert peak(1, on) <= peak(1, on, "model.recomputed_layers=[vision]") < 0.6 * peak(1)
+
+
+def test_the_layers_that_are_left_are_proposed() -> None:
+    def proposed(*arguments: str) -> list[str]:
+        return [change.override for change in proposals._changes(compose(*arguments), False)]
+
+    on = "model.gradient_checkpointing=true"
+    assert "model.recomputed_layers=null" in proposed(on, "model.recomputed_layers=[full]")
+    assert "model.recomputed_layers=null" not in proposed(on)
 
 
 def test_adam_holds_two_values_for_each_parameter() -> None:
