@@ -6,7 +6,6 @@ import copy
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,11 +22,10 @@ from gemtune.losses.budgets import accelerator_budgets
 from gemtune.models import base_model, load_model, load_processing
 from gemtune.optim.groups import find_trained, group
 from gemtune.patches.host_memory import host_parameters
-from gemtune.planning import MemoryPlan, PlanConfig, plan_memory, proposals
+from gemtune.planning import PlanConfig, plan_memory
 from gemtune.planning.host_state import rest_on_host
 from gemtune.planning.memory_plan import as_on_gpu, largest_inputs, processing_for_plan
 from gemtune.planning.page import plan_document, plan_page
-from gemtune.planning.proposals import fits, propose
 from gemtune.planning.shadow import Shadow
 from gemtune.planning.step import StepPlan, follow_step
 from gemtune.planning.storages import StorageFollower
@@ -126,15 +124,6 @@ def test_each_kind_of_layers_that_is_recomputed_takes_less() -> None:
     assert all(all_of_them < one < none for one in each.values()), each
     # Beside what images keep, that of text is nothing here.
     assert peak(1, on) <= peak(1, on, "model.recomputed_layers=[vision]") < 0.6 * peak(1)
-
-
-def test_the_layers_that_are_left_are_proposed() -> None:
-    def proposed(*arguments: str) -> list[str]:
-        return [change.override for change in proposals._changes(compose(*arguments), False)]
-
-    on = "model.gradient_checkpointing=true"
-    assert "model.recomputed_layers=null" in proposed(on, "model.recomputed_layers=[full]")
-    assert "model.recomputed_layers=null" not in proposed(on)
 
 
 def test_adam_holds_two_values_for_each_parameter() -> None:
@@ -317,99 +306,4 @@ def test_without_its_audio_tower_a_plan_is_less_by_its_bytes(tmp_path: Path, rec
     found = really(deaf, PlanConfig())
     assert {p: v.total_bytes for p, v in found.peaks.items()} == {
         p: v.total_bytes for p, v in plans[1].step.peaks.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("keys", "is_offered"),
-    [
-        (("adapter=lora",), True),
-        (("model.freeze=[audio]",), True),
-        ((), False),
-        (("adapter=lora", "adapter.parts=[language,audio]"), False),
-        (("adapter=lora", "model.audio_tower=false"), False),
-    ],
-)
-def test_an_idle_audio_tower_is_the_first_to_go(
-    tmp_path: Path, keys: tuple[str, ...], is_offered: bool
-) -> None:
-    path = f"model.path={model_folder('e2b', tmp_path, hears=True)}"
-    config = compose(*keys, path, "model.weights=random", *SMALL)
-    planned = plan_memory(config, PlanConfig())
-    changes = list(proposals._changes(config, planned))
-    offered = [change.override == "model.audio_tower=false" for change in changes]
-    assert offered == [is_offered] + [False] * (len(changes) - 1) and len(changes) > 1
-    if is_offered:
-        assert changes[0].cost == "none: what is planned for has no audio"
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_fewer_bits_are_proposed_where_their_library_is(
-    monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
-    monkeypatch.setattr(proposals, "is_installed", lambda kind: installed)
-
-    planned = plan_memory(compose(*SMALL), PlanConfig())
-
-    def proposed(*arguments: str) -> set[str]:
-        changes = {change.override for change in proposals._changes(compose(*arguments), planned)}
-        return changes & {"optim=adamw_8bit", "adapter=qlora"}
-
-    assert proposed() == ({"optim=adamw_8bit"} if installed else set())
-    both = {"optim=adamw_8bit", "adapter=qlora"}
-    assert proposed("adapter=lora") == (both if installed else set())
-    assert proposed("adapter=lora", "parallel=fsdp2") == set()
-
-
-def test_state_in_host_memory_is_proposed_where_all_is_trained() -> None:
-    def proposed(*arguments: str) -> bool:
-        changes = proposals._changes(compose(*arguments), False)
-        return "optim.offload_state=true" in {change.override for change in changes}
-
-    assert proposed() and proposed("optim=muon") and proposed("parallel=fsdp2")
-    assert not proposed("optim.offload_state=true")
-    assert not proposed("adapter=lora"), "whose state is small"
-
-
-def test_changes_are_planned_until_the_run_fits() -> None:
-    arguments = (
-        "loop.micro_batch_size=4",
-        "data.max_length=64",
-        "model.gradient_checkpointing=true",
-    )
-
-    def plan(overrides: tuple[str, ...]) -> tuple[RunConfig, MemoryPlan]:
-        config = compose(*arguments, *overrides)
-        return config, plan_memory(config, PlanConfig())
-
-    config, planned = plan(())
-    # Room for what half the micro-batch takes, beside the GiB that is reserved.
-    enough = 1 + 0.9 * planned.peak_bytes / 2**30
-    found = list(propose(config, enough, plan, planned))
-    assert [p.fits for p in found] == [False] * (len(found) - 1) + [True]
-    assert found[-1].overrides[-1].startswith("loop.micro_batch_size=")
-    assert found[-1].plan.peak_bytes == plan(found[-1].overrides)[1].peak_bytes
-    assert fits(found[-1].plan, enough) and not fits(planned, enough)
-
-
-def test_nothing_is_promised_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose("loop.micro_batch_size=2")
-    planned = plan_memory(compose(*SMALL), PlanConfig())
-    asked: list[Any] = []
-
-    def replan(overrides: tuple[str, ...]) -> tuple[RunConfig, MemoryPlan]:
-        asked.append(overrides)
-        return compose("loop.micro_batch_size=2", *overrides), planned
-
-    found = list(propose(config, 0.5, replan, planned))
-    assert [p.overrides for p in found] == asked and not any(p.fits for p in found)
-    # None of them saved anything, so none is kept for the next.
-    assert all(len(overrides) == 1 for overrides in asked)
-    assert {o.partition("=")[0] for (o,) in asked} == {
-        "model.gradient_checkpointing",
-        "loop.micro_batch_size",
-        "optim.offload_state",
-        "parallel.mixed_precision",
-        "model.freeze",
-        "adapter",
     }
