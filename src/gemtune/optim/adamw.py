@@ -100,5 +100,5 @@ class AdamW:
         """Name, peak rates and where the state is, for people."""
         others = [f"{part} {rate:g}" for part, rate in self.part_lrs.items()]
         rates = f"{self.lr:g}" + f" ({', '.join(others)})" * bool(others)
-        where = ", state in host memory between steps" * self.offload_state
-        return f"{self.name}, peak learning rate {rates}{where}"
+        where = " with its state in host memory" * self.offload_state
+        return f"{self.name}{where}, peak learning rate {rates}"
