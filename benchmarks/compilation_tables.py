@@ -23,8 +23,9 @@ def layer_compilation(result: Result) -> str:
         f"- Tokens of a row (learned): {lengths}",
         f"- {compiled['graphs']} graphs, {compiled['graph_breaks']} graph breaks; {later} graphs "
         "more in the timed rounds",
-        f"- Products of matrices take {result['product_share']:.0%} of the operations' time in a "
-        "step of the layers as they are",
+        f"- Of a step of the layers as they are, products of matrices take "
+        f"{interval(result['product_share'], 100, 1)}%; in the other operations graphs save "
+        f"{interval(result['saved_share'], 100, 1)}% of the step",
         "",
     ]
     header = ["", "first pass over the batches, s", "step, ms", "time / as they are"]

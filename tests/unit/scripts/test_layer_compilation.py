@@ -120,6 +120,7 @@ def measured(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cal
     """Runs the script on two batches, another way to prepare layers in the place of inductor."""
     script = load("layer_compilation")
     monkeypatch.setattr(script, "BATCH_KINDS", ((0, 50), (9, 100)))
+    monkeypatch.setattr(script, "PROFILED", 1)
 
     def measured(prepare: Callable[[Any], object]) -> dict[str, Any]:
         text = script.CONTESTANTS[script.COMPILED][1]
@@ -145,12 +146,15 @@ def test_the_result_has_its_figures_and_a_table(
     assert compiled["graphs"] == compiled["graphs_after_rounds"] == 4
     assert compiled["graph_breaks"] == 0
     assert compiled["first_pass_seconds"] > eager["first_pass_seconds"] > 0
-    assert 0 < result["product_share"] < 1
+    assert 0 < result["product_share"]["median"] < 1
+    assert result["saved_share"]["median"] < 1 - result["product_share"]["median"]
     for row in (eager, compiled):
         assert 0 < row["seconds"]["min"] <= row["seconds"]["max"]
     text = load("compilation_tables").layer_compilation(result)
     assert "- 4 graphs, 0 graph breaks; 0 graphs more in the timed rounds" in text
     assert "- Tokens of a row (learned): 40 (50%), 49 (100%)" in text
+    share = f"{result['product_share']['median']:.1%}"[:-1]
+    assert f"products of matrices take {share} (" in text
     assert text.count("\n| ") == 4
 
 
