@@ -99,12 +99,14 @@ def time_in_turn(
     repetitions: int,
     between: Callable[[], object] = lambda: None,
     wait: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Name -> seconds of each round; every contestant once a round, after one untimed round.
 
     Each round begins with another contestant, so that none always runs behind the same one.
     `between` runs before each call, outside the time: it drops the gradients of the call before.
-    `wait` returns when a device that works behind the caller is done.
+    `wait` returns when a device that works behind the caller is done. `clock` gives seconds: with
+    `time.process_time` those that this process had a processor.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -113,11 +115,11 @@ def time_in_turn(
         for name in names[shift:] + names[:shift]:
             between()
             wait()
-            start = time.perf_counter()
+            start = clock()
             contestants[name]()
             wait()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     between()
     return seconds
 

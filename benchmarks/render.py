@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import compilation_tables
 import step_tables
 import tables
 from tables import NOT_MEASURED, RESULTS, Result
@@ -42,6 +43,7 @@ TABLES = {
     "checkpoint_saves": tables.checkpoint_saves,
     "data_preparation": tables.data_preparation,
     "default_run": tables.default_run,
+    "layer_compilation": compilation_tables.layer_compilation,
     "linear_cross_entropy": tables.linear_cross_entropy,
     "linear_cross_entropy_cuda": tables.linear_cross_entropy,
     "supervised_positions": tables.supervised_positions,

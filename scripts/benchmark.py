@@ -22,6 +22,7 @@ SUITES = (
     "real_sizes",
     "linear_cross_entropy",
     "supervised_positions",
+    "layer_compilation",
     "vision_position_lookup",
     "relative_position_lookup",
     "checkpoint_saves",

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RENDER = REPOSITORY / "benchmarks" / "render.py"
-TABLES = [REPOSITORY / "benchmarks" / name for name in ("tables.py", "step_tables.py")]
+TABLES = [
+    REPOSITORY / "benchmarks" / name
+    for name in ("tables.py", "step_tables.py", "compilation_tables.py")
+]
 DOCUMENTS = ("BENCHMARKS.md", "README.md", "RELIABILITY.md")
 RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 Load = Callable[[str], Any]
@@ -241,6 +244,15 @@ def test_the_time_ends_when_the_device_is_done(load: Load) -> None:
     )
     load("measure").time_in_turn({"one": run}, 1, between, wait)
     assert events == ["between", "wait", "run", "wait"] * 2 + ["between"]
+
+
+def test_seconds_are_those_of_the_clock(load: Load) -> None:
+    squares = (float(tick**2) for tick in range(99))
+    seconds = load("measure").time_in_turn(
+        {"one": lambda: None, "two": lambda: None}, 1, clock=lambda: next(squares)
+    )
+    # It was read once for each in the untimed round; then "two" begins.
+    assert seconds == {"two": [3.0**2 - 2.0**2], "one": [5.0**2 - 4.0**2]}
 
 
 def test_peaks_that_rise_are_found(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
