@@ -132,7 +132,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while it is built: what is stepped together is decided then."""
         if self._groups is not None:
-            raise NotImplementedError(
+            raise RuntimeError(
                 "An optimizer whose state is offloaded takes no further parameters: build another."
             )
         super().add_param_group(param_group)
